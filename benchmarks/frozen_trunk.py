@@ -1,6 +1,7 @@
-"""The frozen trunk at LLaVA-1.5-7B's shape: cache pass, later epochs, and a sweep, beside the HA-DPO way, in one run.
+"""The frozen trunk at the shape of LLaVA-1.5-7B or Qwen2.5-VL-7B: cache pass, epochs, a sweep, beside the HA-DPO way.
 
     python benchmarks/frozen_trunk.py --work DIR --out frozen_trunk.json     # one GPU with 80 GB, 20 GB of disk
+    python benchmarks/frozen_trunk.py --work DIR --family qwen2_5_vl --parts peer,cache
     python benchmarks/frozen_trunk.py --work DIR --tiny                      # the same code on a CPU, in a minute
 
 The weights are random (`shapes.py`). Everything goes through files, recipes and commands as real work does: images
@@ -23,12 +24,12 @@ from shapes import (
     DEVICE,
     DTYPE,
     GPU,
-    LLAVA_7B,
-    RESPONSE,
-    TINY,
+    SHAPES,
     device_name,
     flops_of_pair,
     matmul,
+    pair_batch,
+    pair_tokens,
     peak,
     profiled,
     sync,
@@ -38,11 +39,12 @@ from shapes import (
     write_pope,
 )
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, write_json
 from relook.forward.collate import Collator
+from relook.model.lazy_model import load_processor
 from relook.model.load import model_hash
 from relook.recipe import Recipe, build_recipe
 from relook.sweep import run_sweep
@@ -57,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for model, data and runs")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--family", choices=SHAPES, default="llava")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--parts", default="peer,cache,epochs,sweep")
     parser.add_argument("--pairs", type=int, default=800, help="description pairs of `cache` and `epochs`")
@@ -68,7 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=64, help="pairs a step from cached states")
     options = parser.parse_args()
-    parts, shape = options.parts.split(","), TINY if options.tiny else LLAVA_7B
+    parts, shape = options.parts.split(","), SHAPES[options.family][options.tiny]
     found: dict[str, Any] = {"device": device_name(), "versions": versions()}
 
     def say(name: str, **figures: Any) -> None:
@@ -82,7 +85,7 @@ def main() -> None:
     timed(lambda: model_hash(base), say, "model_hash")
     if "peer" in parts:
         say("ha_dpo_way", **peer(base, shape))
-    write_pairs(options.work / "fixed", options.pairs, options.pairs, 0)
+    write_pairs(options.work / "fixed", options.pairs, options.pairs, 0, size=shape.get("picture", (500, 375)))
     if "cache" in parts:
         say("cache_pass", **cache_pass(base, options, shape, found))
     if "epochs" in parts:
@@ -105,20 +108,16 @@ def timed(work: Callable[[], Any], say: Callable[..., None], name: str) -> Any:
 
 def peer(base: Path, shape: dict[str, Any]) -> dict[str, float]:
     """The HA-DPO way, by transformers alone, at the shape of `fixed`."""
-    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=DTYPE, attn_implementation="sdpa").to(DEVICE)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=DTYPE, attn_implementation="sdpa").to(DEVICE)
     model.requires_grad_(False)
     head = model.lm_head.weight.requires_grad_(True)
-    image, patches = model.config.image_token_id, (shape["image_size"] // 14) ** 2
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda count: torch.randint(5, 60, (PEER_BATCH, count), generator=generator)  # noqa: E731
-    prompt = torch.cat([draw(36), torch.full((PEER_BATCH, patches), image), draw(14)], 1)
-    ids = torch.cat([torch.cat([prompt, draw(RESPONSE + 1)], 1) for _ in range(2)]).to(DEVICE)
-    side = shape["image_size"]
-    pixels = torch.randn(PEER_BATCH, 3, side, side, generator=generator).to(DEVICE, DTYPE).repeat(2, 1, 1, 1)
+    batch = {name: t.to(DEVICE) for name, t in pair_batch(shape, model, load_processor(base), PEER_BATCH).items()}
+    batch["pixel_values"] = batch["pixel_values"].to(DTYPE)
+    ids, prompt = batch["input_ids"], pair_tokens(shape)[0]
 
     def log_probs() -> Tensor:
-        logits = model(input_ids=ids, pixel_values=pixels).logits[:, :-1].float().log_softmax(-1)
-        return logits.gather(-1, ids[:, 1:, None]).squeeze(-1)[:, prompt.shape[1] - 1 :].sum(-1)
+        logits = model(**batch).logits[:, :-1].float().log_softmax(-1)
+        return logits.gather(-1, ids[:, 1:, None]).squeeze(-1)[:, prompt - 1 :].sum(-1)
 
     def step() -> None:
         with torch.no_grad():
@@ -147,7 +146,7 @@ def recipe_of(base: Path, options: argparse.Namespace, name: str, **keys: Any) -
     return build_recipe(
         {
             "task": "dpo",
-            "version": "v1",
+            "version": "v1" if options.family == "llava" else "",
             "model_name_or_path": base,
             "output_dir": options.work / "runs" / name,
             "vg_path": pairs,

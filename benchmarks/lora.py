@@ -27,13 +27,12 @@ from shapes import (
     DEVICE,
     DTYPE,
     GPU,
-    RESPONSE,
     SHAPES,
     device_name,
     matmul,
+    pair_batch,
     pair_tokens,
     peak,
-    positions_of_image,
     profiled,
     sync,
     training_flops_of_pair,
@@ -44,6 +43,7 @@ from shapes import (
 
 from relook.files import read_json, write_json
 from relook.model.lazy_model import load_processor
+from relook.model.tower_attention import batch_segments
 from relook.recipe import build_recipe
 from relook.train.run import train
 
@@ -53,6 +53,7 @@ FOUR_AT_A_TIME = {"per_device_train_batch_size": 4, "gradient_accumulation_steps
 PEERS: dict[str, dict[str, Any]] = {
     "trl": {"gradient_checkpointing": True},
     "trl_liger": {"gradient_checkpointing": True, "use_liger_kernel": True},
+    "trl_liger_fast_tower": {"gradient_checkpointing": True, "use_liger_kernel": True},  # with relook's attention there
     "trl_liger_kept": {"gradient_checkpointing": False, "use_liger_kernel": True},
     "trl_liger_kept_by_two": {"gradient_checkpointing": False, "use_liger_kernel": True, **TWO_AT_A_TIME},
 }
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--parts", default=",".join([*PEERS, *RUNS]))
     parser.add_argument("--steps", type=int, default=24, help="of each relook run; the last half counts")
+    parser.add_argument("--trl-steps", type=int, default=8, help="of each TRL run; the median after the second counts")
     parser.add_argument("--workers", type=int, default=4 if GPU else 0, help="processes that read images")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--profile", type=Path, help="table of the kernels of three steps, one file a part")
@@ -180,23 +182,13 @@ def peer(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     model = AutoModelForImageTextToText.from_pretrained(
         options.work / "plain", dtype=DTYPE, attn_implementation="sdpa", device_map=DEVICE
     )
+    if "fast_tower" in options.part:
+        batch_segments(model.model)
     processor = load_processor(options.work / "plain")
-    prompt, _ = pair_tokens(shape)
-    patches = positions_of_image(shape)
-    image, generator = model.config.image_token_id, torch.Generator().manual_seed(0)
-    draw = lambda rows, count: torch.randint(5, 60, (rows, count), generator=generator)  # noqa: E731
-    pairs = PEERS[options.part].get("per_device_train_batch_size", PAIRS)
-    start = torch.cat([draw(pairs, 5), torch.full((pairs, patches), image), draw(pairs, prompt - patches - 5)], 1)
-    ids = torch.cat([start.repeat(2, 1), draw(2 * pairs, RESPONSE + 1)], 1)
-    mask = torch.ones_like(ids)
-    completion = mask.clone()
-    completion[:, :prompt] = 0
-    inputs = processor.image_processor([Image.new("RGB", shape.get("picture", (8, 8)))] * pairs, return_tensors="pt")
-    pixels = torch.randn(inputs["pixel_values"].shape, generator=generator)
-    batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion}
-    batch["pixel_values"] = pixels.repeat(2, *[1] * (pixels.ndim - 1))
-    if "image_grid_thw" in inputs:
-        batch |= {"image_grid_thw": inputs["image_grid_thw"].repeat(2, 1), "mm_token_type_ids": (ids == image).long()}
+    batch = pair_batch(shape, model, processor, PEERS[options.part].get("per_device_train_batch_size", PAIRS))
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["completion_mask"] = batch["attention_mask"].clone()
+    batch["completion_mask"][:, : pair_tokens(shape)[0]] = 0
     rows = 64 * PAIRS
     texts = {"prompt": [f"{processor.image_token} a"] * rows, "chosen": ["b"] * rows, "rejected": ["c"] * rows}
     data = Dataset.from_dict({**texts, "images": [[Image.new("RGB", (8, 8))]] * rows})
@@ -216,7 +208,7 @@ def peer(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
         model=model,
         args=DPOConfig(
             output_dir=str(options.work / "trl"),
-            max_steps=8,
+            max_steps=options.trl_steps,
             bf16=GPU,
             use_cpu=not GPU,
             report_to=[],

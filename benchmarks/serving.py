@@ -9,9 +9,10 @@
 an answer that is not the one of its picture is counted. It is measured three times: 64 clients, 64 clients of a server
 with one slot (what answers one at a time), and one client. Weights of `tokens` are random: speed does not depend on
 them (`shapes.py`). It sends 1, 8, 32, 64 and 128 requests at a time; beside the engine's rate stand that of `generate`,
-plain and with `cache_implementation="static"`, which compiles, and what the memory's bandwidth allows: a step must read
-the language model's weights once, and the keys and values of every row. Rates are end to end, prompts and images
-included, and of the steps alone: those are what bandwidth bounds, while reading prompts is bound by products.
+plain and with `cache_implementation="static"`, which compiles for each number of rows and therefore comes last, and
+what the memory's bandwidth allows: a step must read the language model's weights once, and the keys and values of every
+row. Rates are end to end, prompts and images included, and of the steps alone: those are what bandwidth bounds, while
+reading prompts is bound by products. `--out` is written after each measurement.
 `http` serves that shape to so many clients, in a process of their own, each request with a picture that is new, and
 streams the answers; beside the rate stands the engine's own. One more client asks while all the others are answered:
 the time until its first token.
@@ -33,10 +34,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,7 @@ def main() -> None:
     tokens.add_argument("--rounds", type=int, default=2, help="requests of each client")
     tokens.add_argument("--bits", type=int, default=16, help="8 or 4: quantised by bitsandbytes")
     tokens.add_argument("--post-decoder", type=int, default=1, help="blocks; 0 for none")
+    tokens.add_argument("--attention", choices=("cross", "self_cross", "none"), default="cross", help="of its blocks")
     tokens.add_argument("--next", action="store_true", help="a LLaVA-NeXT, whose images take several tiles")
     http = ways.add_parser("http")
     http.set_defaults(measure=measure_http)
@@ -110,8 +113,11 @@ def main() -> None:
         parsed.add_argument("--out", type=Path)
     options = parser.parse_args()
     result = options.measure(options)
-    result["versions"] = versions()
+    keep(options, result | {"versions": versions()})
     print(json.dumps(result, indent=1))
+
+
+def keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
     if options.out:
         write_json(options.out, result)
 
@@ -237,9 +243,6 @@ async def client(port: int, rows: Sequence[tuple[bytes, str]], number: int, unti
 
 
 def measure_http(options: argparse.Namespace) -> dict[str, Any]:
-    from relook.serve.api import ServerLimits
-    from relook.serve.server import make_server
-
     count, new = options.at_once, options.new_tokens
     loaded = endless_model(TINY if options.tiny else LLAVA_7B)
     result: dict[str, Any] = {"device": device_name(), "clients": count, "new_tokens": new, "rounds": options.rounds}
@@ -247,10 +250,20 @@ def measure_http(options: argparse.Namespace) -> dict[str, Any]:
         pictures = 1 + 2 * count * options.rounds + options.late + count
         warm, *rows = write_questions(Path(folder), loaded.processor, pictures, each=1, tokens=25)
         own, rows = rows[: count * options.rounds], rows[count * options.rounds :]
-        result["engine"] = engine_speed(loaded, warm, own, count, new)
         bodies = [request_bytes(path.read_bytes(), text, new) for path, text in rows]
-    engine = Engine(loaded, EngineLimits(slots=count, waiting=count, cache_gb=64))
-    engine.warm()
+        with warm_engine(loaded, EngineLimits(slots=count, waiting=len(own), cache_gb=64), warm) as (engine, _):
+            result["engine"] = engine_speed(engine, own, count, new)
+            result |= http_speed(engine, bodies, options)
+    result["share of the engine's"] = round(result["http"]["tokens_per_s"] / result["engine"]["tokens_per_s"], 3)
+    return result
+
+
+def http_speed(engine: Engine, bodies: Sequence[bytes], options: argparse.Namespace) -> dict[str, Any]:
+    """The rate over HTTP, and the time to the first token of a request that comes while all others are answered."""
+    from relook.serve.api import ServerLimits
+    from relook.serve.server import make_server
+
+    count = options.at_once
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         server = make_server({"model": engine}, ServerLimits(), 1)
@@ -266,16 +279,10 @@ def measure_http(options: argparse.Namespace) -> dict[str, Any]:
             lates = pool.submit(stream_late, port, rounds[: count - 1], late).result()
         server.should_exit = True
         thread.join()
-    engine.stop()
-    result["http"] = {"tokens_per_s": round(tokens / wall, 1), "first_token_s": round(statistics.median(firsts), 3)}
-    result["share of the engine's"] = round(result["http"]["tokens_per_s"] / result["engine"]["tokens_per_s"], 3)
     times = sorted(lates)
-    result["first token under load"] = {
-        "requests": len(times),
-        "median_s": round(statistics.median(times), 3),
-        "max_s": round(times[-1], 3),
-    }
-    return result
+    late_times = {"requests": len(times), "median_s": round(statistics.median(times), 3), "max_s": round(times[-1], 3)}
+    http = {"tokens_per_s": round(tokens / wall, 1), "first_token_s": round(statistics.median(firsts), 3)}
+    return {"http": http, "first token under load": late_times}
 
 
 def request_bytes(picture: bytes, text: str, new: int) -> bytes:
@@ -367,48 +374,65 @@ def stream_late(port: int, others: Sequence[bytes], late: Sequence[bytes]) -> li
 
 def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
     shape = (TINY_NEXT if options.tiny else LLAVA_NEXT_7B) if options.next else TINY if options.tiny else LLAVA_7B
-    loaded = endless_model(shape, options.post_decoder, bits=options.bits)
+    loaded = endless_model(shape, options.post_decoder, bits=options.bits, attention=options.attention)
     result: dict[str, Any] = {"device": device_name(), "bits": options.bits, "new_tokens": options.new_tokens}
     result |= {"rounds": options.rounds, "loaded_gib": round(torch.cuda.memory_allocated() / 2**30, 1) if GPU else 0}
-    result["bytes_per_s"] = bandwidth()
+    result |= {"bytes_per_s": bandwidth(), "rows": {str(count): {} for count in options.at_once}}
     with tempfile.TemporaryDirectory() as folder:
-        pictures = 1 + max(options.at_once) * options.rounds
-        warm, *rows = write_questions(Path(folder), loaded.processor, pictures, each=1, tokens=25)
-        for count in options.at_once:
-            some = rows[: count * options.rounds]
-            served = engine_speed(loaded, warm, some, count, options.new_tokens)
-            limit = count * result["bytes_per_s"] / step_bytes(loaded.core, count * served.pop("positions"))
-            row: dict[str, Any] = {
-                "engine": served,
-                "byte limit": round(limit, 1),
-                "share of the byte limit": round(served["step_tokens_per_s"] / limit, 3),
-            }
-            print(count, row, file=sys.stderr, flush=True)
-            for peer in options.peers:
-                row[peer] = generate_speed(loaded, warm, some, count, options.new_tokens, peer == "static")
-                for rate, name in (("tokens_per_s", "times"), ("step_tokens_per_s", "step times")):
-                    row[f"{name} {peer}"] = round(served[rate] / row[peer][rate], 2)
-                print(count, {key: row[key] for key in row if peer in key}, file=sys.stderr, flush=True)
-            result[str(count)] = row
-    if 1 in options.at_once and "generate" in options.peers:
-        one = result["1"]["generate"]["tokens_per_s"]
-        result["times generate one after the other"] = {
-            count: round(result[str(count)]["engine"]["tokens_per_s"] / one, 2) for count in map(str, options.at_once)
-        }
+        # Pictures of their own for each number of rows: what was asked before would be in memory.
+        sizes = [count * options.rounds for count in options.at_once]
+        warm, *rows = write_questions(Path(folder), loaded.processor, 1 + sum(sizes), each=1, tokens=25)
+        ends = zip(options.at_once, sizes, accumulate(sizes), strict=True)
+        parts = {count: rows[end - size : end] for count, size, end in ends}
+        # One engine for all numbers of rows: it compiles once.
+        limits = EngineLimits(slots=max(options.at_once), waiting=len(rows), cache_gb=64)
+        with warm_engine(loaded, limits, warm) as (engine, result["warm_s"]):
+            for count in options.at_once:
+                speed = engine_speed(engine, parts[count], count, options.new_tokens)
+                limit = count * result["bytes_per_s"] / step_bytes(loaded.core, count * speed.pop("positions"))
+                share = round(speed["step_tokens_per_s"] / limit, 3)
+                measured = {"engine": speed, "byte limit": round(limit, 1), "share of the byte limit": share}
+                add_row(options, result, count, measured)
+        del engine
+        for peer in options.peers:
+            for count in options.at_once:
+                speed = generate_speed(loaded, warm, parts[count], count, options.new_tokens, peer == "static")
+                served = result["rows"][str(count)]["engine"]
+                times = {
+                    f"{name} {peer}": round(served[rate] / speed[rate], 2)
+                    for rate, name in (("tokens_per_s", "times"), ("step_tokens_per_s", "step times"))
+                }
+                add_row(options, result, count, {peer: speed, **times})
     return result
 
 
-def engine_speed(loaded: LoadedModel, warm: Question, rows: Sequence[Question], count: int, new: int) -> dict[str, Any]:
-    """So many clients, each with a request of its own running at any time, streamed."""
-    engine = Engine(loaded, EngineLimits(slots=count, waiting=len(rows), cache_gb=64))
+def add_row(options: argparse.Namespace, result: dict[str, Any], count: int, measured: dict[str, Any]) -> None:
+    print(count, measured, file=sys.stderr, flush=True)
+    result["rows"][str(count)] |= measured
+    keep(options, result)
 
-    def request(row: Question, new: int) -> Request:
-        image = engine.image(row[0].read_bytes())
-        return Request(engine.prompt([Turn(with_image(row[1]), "")], [image]), (image,), new)
 
+@contextmanager
+def warm_engine(loaded: LoadedModel, limits: EngineLimits, warm: Question) -> Iterator[tuple[Engine, float]]:
+    """An engine that is warm, and the seconds that it took."""
+    started = time.perf_counter()
+    engine = Engine(loaded, limits)
     engine.warm()
-    list(engine.stream(request(warm, 4)))
-    requests = [request(row, new) for row in rows]
+    list(engine.stream(request_of(engine, warm, 4)))
+    try:
+        yield engine, round(time.perf_counter() - started, 1)
+    finally:
+        engine.stop()
+
+
+def request_of(engine: Engine, row: Question, new: int) -> Request:
+    image = engine.image(row[0].read_bytes())
+    return Request(engine.prompt([Turn(with_image(row[1]), "")], [image]), (image,), new)
+
+
+def engine_speed(engine: Engine, rows: Sequence[Question], count: int, new: int) -> dict[str, Any]:
+    """So many clients, each with a request of its own running at any time, streamed."""
+    requests = [request_of(engine, row, new) for row in rows]
     firsts: list[float] = []
 
     def run(own: Sequence[Request]) -> None:
@@ -430,7 +454,6 @@ def engine_speed(loaded: LoadedModel, warm: Question, rows: Sequence[Question], 
     said = engine.batch.counts.new_tokens - said
     length = round(statistics.mean(len(request.ids) for request in requests)) + new // 2 - STEPS // 2
     steps = engine.run(lambda: step_speed(engine, length, count))
-    engine.stop()
     return {
         "positions": length + STEPS // 2,
         "tokens_per_s": round(said / wall, 1),
@@ -444,7 +467,7 @@ def step_speed(engine: Engine, length: int, count: int) -> float:
     """Tokens a second of steps alone, with so many texts of that length on average."""
     rng, vocabulary = random.Random(count), engine.loaded.core.config.text_config.vocab_size
     texts = [
-        Text(tuple(rng.randrange(300, vocabulary) for _ in range(length)), (), 4 * STEPS, lambda *_: False)
+        Text(tuple(rng.randrange(300, vocabulary) for _ in range(length)), (), 2 * STEPS, lambda *_: False)
         for _ in range(count)
     ]
     scheduler = engine.batch

@@ -20,6 +20,7 @@ import torch
 import transformers
 from PIL import Image
 from tokenizers.models import WordLevel
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import (
     AutoModelForImageTextToText,
@@ -35,7 +36,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from relook.data.images import prefetch_map
+from relook.data.images import GRID, prefetch_map
 from relook.evaluate.tasks.pope import SPLITS, question_text
 from relook.files import write_json
 from relook.generate.attention import PoolShape
@@ -242,18 +243,22 @@ def processor_of(shape: dict[str, Any]) -> Any:
 
 
 def endless_model(
-    shape: dict[str, Any], post_decoder: int = 0, dtype: torch.dtype = DTYPE, bits: int = 16
+    shape: dict[str, Any],
+    post_decoder: int = 0,
+    dtype: torch.dtype = DTYPE,
+    bits: int = 16,
+    attention: str = "cross",
 ) -> LoadedModel:
     """A random model whose answers no token ends, so that each has as many tokens as were asked for.
 
     Args:
-        post_decoder: its blocks; 0 for none.
+        post_decoder: its blocks, of such `attention`; 0 for none.
         bits: below 16, its language model's linears are quantised: it is written and loaded as a user's is.
     """
     model: Any
     model, processor = random_model(shape, answers=False, dtype=dtype)
     if post_decoder:
-        model = add_post_decoder(model, {"depth": post_decoder}, None)
+        model = add_post_decoder(model, {"depth": post_decoder, "attention": attention}, None)
     of_qwen = "family" in shape
     loaded = LoadedModel(model.eval(), processor, Path(), "" if of_qwen else "pad", "chat" if of_qwen else "llava_hf")
     if bits < 16:
@@ -404,15 +409,23 @@ def flops_of_pair(shape: dict[str, Any], prompt: int, response: int, both: bool)
     tokens = 2 * (prompt + response) if both else prompt + 2 * response
     seen = prompt * prompt / 2 + 2 * response * (prompt + response / 2)  # pairs of positions that see each other
     D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
-    V, W, N = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"] - 1
-    patches = positions_of_image(shape) + 1
+    V, W, patches = vision["hidden_size"], vision["intermediate_size"], positions_of_image(shape)
     # Keys and values may have fewer heads than queries.
     attention = (
         2 * D * D * (1 + text.get("num_key_value_heads", text["num_attention_heads"]) / text["num_attention_heads"])
     )
     language = 2 * tokens * L * (attention + 3 * D * M) + 4 * D * L * seen
-    tower = 2 * patches * N * (4 * V * V + 2 * V * W) + 4 * V * N * patches**2
-    return (language + tower + 2 * patches * (V * D + D * D)) / 1e12
+    if "family" in shape:  # four patches a position; most layers attend to windows, and MLPs have gates
+        whole, window = len(vision["fullatt_block_indexes"]), (vision["window_size"] // vision["patch_size"]) ** 2
+        N, connector = vision["depth"], patches * (16 * V * V + 4 * V * D)
+        patches *= 4
+        in_windows = max(N - whole, 0) * window + min(N, whole) * patches
+        tower = 2 * patches * N * (4 * V * V + 3 * V * W) + 4 * V * patches * in_windows
+    else:
+        N, patches = vision["num_hidden_layers"] - 1, patches + 1
+        connector = patches * (V * D + D * D)
+        tower = 2 * patches * N * (4 * V * V + 2 * V * W) + 4 * V * N * patches**2
+    return (language + tower + 2 * connector) / 1e12
 
 
 def pair_tokens(shape: dict[str, Any]) -> tuple[int, int]:
@@ -420,12 +433,33 @@ def pair_tokens(shape: dict[str, Any]) -> tuple[int, int]:
     return 50 + positions_of_image(shape), RESPONSE + 1
 
 
+def pair_batch(shape: dict[str, Any], model: Any, processor: Any, pairs: int) -> dict[str, Tensor]:
+    """A batch as trainers of two whole rows a pair read it: random tokens, all preferred answers first.
+
+    Returns:
+        input_ids (2 * pairs, positions), and what the model takes of a picture in each row.
+    """
+    prompt, answer = pair_tokens(shape)
+    positions, generator = positions_of_image(shape), torch.Generator().manual_seed(0)
+    draw = lambda rows, count: torch.randint(5, 60, (rows, count), generator=generator)  # noqa: E731
+    image = torch.full((pairs, positions), model.config.image_token_id)
+    start = torch.cat([draw(pairs, 5), image, draw(pairs, prompt - positions - 5)], 1)
+    ids = torch.cat([start.repeat(2, 1), draw(2 * pairs, answer)], 1)
+    inputs = processor.image_processor([Image.new("RGB", shape.get("picture", (8, 8)))] * pairs, return_tensors="pt")
+    pixels = torch.randn(inputs["pixel_values"].shape, generator=generator)
+    batch = {"input_ids": ids, "pixel_values": pixels.repeat(2, *[1] * (pixels.ndim - 1))}
+    if GRID in inputs:
+        token_types = (ids == model.config.image_token_id).long()
+        batch |= {GRID: inputs[GRID].repeat(2, 1), "mm_token_type_ids": token_types}
+    return batch
+
+
 def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int, rank: int) -> float:
     """Useful TFLOP of a LoRA step on a pair whose answers share their prompt: the language model forward, the gradients
     of its activations, lm_head both ways, and the adapters of all linear layers three times (their own gradients,
     too). Not the vision tower, which is frozen and need not run in a step."""
     head = 2 * 2 * 2 * response * shape["vocabulary"] * shape["text"]["hidden_size"] / 1e12
-    text, vision = shape["text"], dict(shape["vision"], num_hidden_layers=1)  # of the tower, none
+    text, vision = shape["text"], dict(shape["vision"], num_hidden_layers=1, depth=0)  # of the tower, none
     D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
     adapters = 3 * 2 * (prompt + 2 * response) * L * rank * (4 * 2 * D + 3 * (D + M)) / 1e12
     return 2 * flops_of_pair({**shape, "vision": vision}, prompt, response, both=False) + head + adapters

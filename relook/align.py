@@ -24,10 +24,12 @@ from relook.data.convert import DESC, POPE
 from relook.data.paths import coco_images
 from relook.errors import RecipeError
 from relook.evaluate.compare import read_scores
+from relook.evaluate.engines import answer_source
 from relook.evaluate.judge import JudgeSettings
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.tasks.chair import compare_coverage, instances_file
 from relook.files import claim_output_dir, read_json, write_json, writes_alone
+from relook.generate.answering import ONLY_OWN_ENGINE, AnswerSource
 from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.output import SENTENCES
 from relook.mine.run import mine_pairs
@@ -51,6 +53,8 @@ class AlignSettings:
         data: folder of the dev set, as `relook eval chair` takes it; it must not be the test set.
         rounds: largest number of rounds.
         min_gain: the rounds stop where CHAIR_i at equal recall falls by no more than this share against the last round.
+        engine: what mines by description and evaluates: "" for relook itself, or "vllm".
+        engine_args: JSON: arguments of `vllm.LLM`.
     """
 
     recipe: str
@@ -58,6 +62,12 @@ class AlignSettings:
     data: Path
     rounds: int = 3
     min_gain: float = 0.0
+    engine: str = ""
+    engine_args: str = "{}"
+
+    def source(self, loading: LoadOptions) -> AnswerSource:
+        """Return what answers for a model."""
+        return answer_source(self.engine, self.engine_args, "", loading)
 
 
 @writes_alone(lambda model, source, out, *_, **__: Path(out))
@@ -100,7 +110,7 @@ def align(
         of_round = dataclasses.replace(mining, seed=mining.seed + number - 1)
         shown = [commands.mine(current, folder / "pairs", of_round, loading)]
         status(f"  {shown[-1]}")
-        card = mine_pairs(current, source, folder / "pairs", of_round, judge, loading)
+        card = mine_pairs(current, source, folder / "pairs", of_round, judge, settings.source(loading))
         if not card["descriptions"]["pairs"]:
             stopped = f"round {number} found no pair"
             break
@@ -153,6 +163,11 @@ def _check_settings(model: Path, out: Path, settings: AlignSettings, mining: Min
     """
     if settings.rounds < 1:
         raise RecipeError(f"There are {settings.rounds} rounds.", "Give --rounds 1 or more.")
+    if settings.engine not in ("", "vllm"):
+        raise RecipeError("A server has one model, and each round makes a new one.", "Give --engine vllm, or none.")
+    if settings.engine and mining.by_sentence:
+        raise RecipeError(*ONLY_OWN_ENGINE)
+    settings.source(LoadOptions()).open(model)
     reserved = sorted({"model_name_or_path", "output_dir", "vg_path", *PAIR_KEYS} & settings.keys.keys())
     if reserved:
         raise RecipeError(
@@ -185,6 +200,8 @@ def _keys(model: Path, folder: Path, settings: AlignSettings, mining: MiningSett
     )
     first = folder.name == "round-1"
     keys = {key: value for key, value in settings.keys.items() if first or key not in BASE_KEYS}
+    if not first:  # the post decoder that the first round began goes on
+        keys["post_decoder_init"] = "random"
     paths = {"model_name_or_path": model, "vg_path": pairs, **files, "output_dir": folder / "run"}
     return {**keys, **{key: str(path) for key, path in paths.items()}}
 
@@ -193,7 +210,7 @@ def _evaluate(
     model: Path, out: Path, settings: AlignSettings, mining: MiningSettings, loading: LoadOptions
 ) -> dict[str, Any]:
     numbers = (mining.template, mining.batch_size, mining.max_new_tokens)
-    return evaluate_model(model, ["chair"], settings.data, out, *numbers, loading)
+    return evaluate_model(model, ["chair"], settings.data, out, *numbers, settings.source(loading))
 
 
 def _scores(evaluation: Path) -> dict[str, Any]:
@@ -206,7 +223,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Return all that the rounds depend on. Their steps check the rest, such as the content of files."""
     return {
-        **loading.identity(parse_folder(model)),
+        **settings.source(loading).identity(parse_folder(model)),
         "images": str(source.images.resolve()),
         "annotations": source.annotations,
         "exclude": [str(path.resolve()) for path in source.exclude],
@@ -245,7 +262,7 @@ class _Commands:
                 **{name.replace("_", "-"): value for name, value in changed.items()},
                 "judge": "self" if mining.own_answers else None,
                 **judge,
-                **_loading_options(mining, loading),
+                **self._answering_options(mining, loading),
                 "out": out,
             },
         )
@@ -255,18 +272,19 @@ class _Commands:
 
     def evaluate(self, model: Path, out: Path, mining: MiningSettings, loading: LoadOptions) -> str:
         numbers = {"max-new-tokens": mining.max_new_tokens, "batch-size": mining.batch_size}
-        options = {"model": model, "data": self.settings.data, **numbers, **_loading_options(mining, loading)}
+        options = {"model": model, "data": self.settings.data, **numbers, **self._answering_options(mining, loading)}
         return _command(["relook", "eval", "chair"], {**options, "out": out})
 
-
-def _loading_options(mining: MiningSettings, loading: LoadOptions) -> dict[str, Any]:
-    return {
-        "version": mining.template,
-        "adapter": loading.adapter,
-        "vision-tower": loading.vision_tower,
-        "dtype": loading.dtype if loading.dtype != "float32" else None,
-        "device": loading.device,
-    }
+    def _answering_options(self, mining: MiningSettings, loading: LoadOptions) -> dict[str, Any]:
+        return {
+            "version": mining.template,
+            "adapter": loading.adapter,
+            "vision-tower": loading.vision_tower,
+            "dtype": loading.dtype if loading.dtype != "float32" else None,
+            "device": loading.device,
+            "engine": self.settings.engine,
+            "engine-args": self.settings.engine_args if self.settings.engine_args != "{}" else None,
+        }
 
 
 def _command(words: Sequence[str], options: Mapping[str, Any]) -> str:

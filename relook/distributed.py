@@ -120,6 +120,15 @@ def all_gather_objects(values: list[T]) -> list[T]:
 # Reads and writes are collective: every process makes the same calls, for the same parameters in the same order.
 
 
+def mean(value: Tensor) -> Tensor:
+    """Compute a tensor's mean over all processes."""
+    if world_size() > 1:
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value /= world_size()
+    return value
+
+
 def gather_full(parameter: Tensor) -> Tensor:
     """Gather a whole parameter as one CPU tensor; under DeepSpeed, the float32 values that its optimizer updates."""
     if isinstance(parameter, DTensor):  # FSDP2

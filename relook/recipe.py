@@ -178,7 +178,7 @@ CHOICES = {
     "dpo_tokens": ("all", "differing"),
     "loss_type": (
         *("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
-        *("sigmoid_norm", "bco_pair", "apo_zero", "apo_down"),
+        *("sigmoid_norm", "bco_pair", "apo_zero", "apo_down", "kto"),
     ),
     "post_decoder_init": ("random", "projector"),
     "feature_cache": ("auto", "memory", "disk", "off"),
@@ -217,6 +217,7 @@ LORA_KEYS = (
 )
 HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")  # vg_path first: SENTINEL's files need it, too
 DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", "ld_alpha", *WEIGHTS)
+KTO_KEYS = ("desirable_weight", "undesirable_weight")
 SFT_KEYS = ("data_path", "conversations_per_tree")
 ACTIVATION_KEYS = ("activation_memory_budget", "activation_offloading")
 
@@ -298,6 +299,8 @@ class Recipe:
     beta: float = _key(0.1, "scale of the rewards; IPO's tau, ORPO's lambda. SimPO's paper uses 2 to 2.5")
     label_smoothing: float = _key(0.0, "robust: share of pairs with swapped labels, below 0.5")
     simpo_gamma: float = _key(0.5, "simpo: margin between the rewards")
+    desirable_weight: float = _key(1.0, "kto: weight of good answers; larger where they are fewer")
+    undesirable_weight: float = _key(1.0, "kto: weight of bad answers")
     dpo_weight: float = _key(1.0, "weight of the preference term; 0 trains without it (NLL-only control)")
     nll_weight: float = _key(0.0, "weight of the supervised term on the chosen response")
     nll_length_power: float = _key(
@@ -437,6 +440,12 @@ class Recipe:
             ("robust" not in losses, "without loss_type robust and a dpo_weight", ("label_smoothing",)),
             (not self.nll_weight, "without nll_weight", ("nll_length_power",)),
             ("simpo" not in losses, "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
+            (not self.rates_answers, "without loss_type kto", KTO_KEYS),
+            (
+                self.rates_answers,
+                "with loss_type kto, which rates whole answers, each on its own",
+                ("dpo_tokens", "ld_alpha", "nll_weight", *MDPO_WEIGHTS),
+            ),
             (self.dpo_tokens != "differing", "without dpo_tokens differing", ("unchanged_weight",)),
             (self.cached_trunk, "with cached trunk states", ACTIVATION_KEYS),
             (bool(recomputed), f"beside {' '.join(recomputed)}", ACTIVATION_KEYS),
@@ -490,6 +499,8 @@ class Recipe:
                 yield RecipeError(f"{name} is {getattr(self, name)}.", "A weight must not be below 0.")
         if self.task == "dpo" and not any(getattr(self, name) for name in WEIGHTS):
             yield RecipeError(f"{', '.join(WEIGHTS)} are all 0: there is no loss.", "Set one of them.")
+        if "kto" in self.loss_weights and len(self.loss_weights) > 1:
+            yield RecipeError("loss_type kto rates single answers; the others compare pairs.", "Give it alone.")
         if "orpo" in self.loss_weights and self.dpo_weight and not self.nll_weight:
             yield RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
         # Both caches hold whole images by path; the term reads random crops of them.
@@ -510,6 +521,11 @@ class Recipe:
     def loss_weights(self) -> Mapping[str, float]:
         """Return the weight of each preference loss within the preference term."""
         return loss_weights(self.loss_type)
+
+    @property
+    def rates_answers(self) -> bool:
+        """Return True if the loss is of rated answers, not of pairs."""
+        return self.task == "dpo" and "kto" in self.loss_weights
 
     @property
     def needs_reference(self) -> bool:
@@ -582,6 +598,7 @@ LOSS_LABELS = {
     "bco_pair": "BCO",
     "apo_zero": "APO-zero",
     "apo_down": "APO-down",
+    "kto": "KTO",
 }
 
 

@@ -158,7 +158,7 @@ def _finished(sweep: Sweep, name: str) -> bool:
 
 
 def _data_key(row: SweepRow) -> tuple[Any, ...]:
-    return tuple(getattr(row.recipe, key) for key in EXAMPLE_KEYS)
+    return (*(getattr(row.recipe, key) for key in EXAMPLE_KEYS), row.recipe.rates_answers)
 
 
 def _execution_order(row: SweepRow) -> tuple[Any, ...]:

@@ -101,6 +101,12 @@ def test_rounds_stop_where_nothing_is_gained(
     assert result["stopped"] in page
 
 
+def test_later_rounds_go_on_with_the_post_decoder(steps: dict[str, list[Any]], world: Path, tmp_path: Path) -> None:
+    steps["gains"] = [-0.1, -0.1, -0.1]
+    aligned(world, tmp_path / "out", recipe="toyworld-post-decoder")
+    assert [recipe.post_decoder_init for recipe in steps["trained"]] == ["projector", "random", "random"]
+
+
 def test_a_round_without_pairs_is_the_end(steps: dict[str, list[Any]], world: Path, tmp_path: Path) -> None:
     steps["gains"], steps["pairs"] = [-0.1], [8, 0]
     result = aligned(world, tmp_path / "out")
@@ -127,6 +133,8 @@ def test_the_commands_shown_are_commands(steps: dict[str, list[Any]], world: Pat
         ({"keys": {"vg_path": "vg"}}, "Each round has its own vg_path"),
         ({"recipe": "toyworld-base", "keys": {"data_path": "d", "image_folder": "i"}}, "does not train on pairs"),
         ({"keys": {"beta": -1}}, "beta is -1"),
+        ({"engine": "http://127.0.0.1:8000/v1"}, "A server has one model"),
+        ({"engine": "vllm"}, "Only relook's own engine goes on with answers"),
     ],
 )
 def test_mistakes_are_found_before_the_first_round(

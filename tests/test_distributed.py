@@ -60,6 +60,10 @@ WAYS: dict[str, Keys] = {
     },
     "post": {"task": "sft", **ALL, "tune_post_decoder": True, "learning_rate": 0.02, "conversations_per_tree": 1},
 }
+TOWER = {  # in LLaVA's mix, whose batches without images give a tower no gradient of their own
+    "whole": WAYS["sft"] | {"tune_vision_tower": True},
+    "LoRA on both": {**WAYS["sft"], **LORA, "learning_rate": 0.1, "lora_vision_tower": True},
+}
 BEST = {**POST, "optim": "sgd", "learning_rate": 30.0, "eval_fraction": 0.34, "eval_strategy": "steps", "eval_steps": 1,
         "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "max_grad_norm": 0.0}  # fmt: skip
 # Killed in its second epoch, with momentum, dropout and a schedule.
@@ -165,6 +169,21 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     done = both([keys_of("killed", KILLED, fsdp=True)])
     assert (tmp_path / "killed" / "run" / "run.json").exists(), done.stderr
     same_bytes(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_a_tower_trains_in_two_processes_as_in_one(fsdp: bool, keys_of: Callable[..., Keys]) -> None:
+    halves = {"per_device_train_batch_size": 2, **({"fsdp": True} if fsdp else {})}
+    runs = {name: keys_of(f"two {name}", keys, **halves) for name, keys in TOWER.items()}
+    forked(train_all, list(runs.values()), count=2)
+    for name, keys in runs.items():
+        out, one = Path(keys["output_dir"]), train(build_recipe(keys_of(f"one {name}", TOWER[name])))
+        same_training(out, one)
+        base = load_file(Path(keys["model_name_or_path"]) / "model.safetensors")
+        trained = {n: t for path in one.glob("*.safetensors") for n, t in load_file(path).items() if "vision" in n}
+        assert any(n not in base or not torch.equal(tensor, base[n]) for n, tensor in trained.items())
+        assert any(a != b for a, b in zip(*notes(out, "images"), strict=True))  # else the mix shows nothing
 
 
 def same_bytes(folder: Path) -> None:

@@ -55,7 +55,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     prompts: list[tuple[str, tuple[int, ...]]] = []
     submit = answering.submit
 
-    def counted(batch: Any, group: answering.Group, *more: Any) -> int:
+    def counted(batch: Any, group: Any, *more: Any) -> int:
         prompts.extend((prompt.images[0].name, prompt.ids) for prompt in group)
         return submit(batch, group, *more)
 
@@ -227,7 +227,7 @@ def test_answers_are_kept_while_they_come(world: Path, tmp_path: Path, monkeypat
     """Ctrl-C after some answers: those are on disk and are not asked again."""
     submit, groups = answering.submit, []
 
-    def interrupted(batch: Any, group: answering.Group, *more: Any) -> int:
+    def interrupted(batch: Any, group: Any, *more: Any) -> int:
         groups.append(group)
         if len(groups) == 4:
             raise KeyboardInterrupt

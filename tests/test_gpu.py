@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from helpers.tiny import dpo_keys, save_tiny, tilted, tiny_llava, tiny_relook, w
 from test_activation_memory import counted_returns
 from test_answering import as_loaded
 from test_packing import PAD, row
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaModel
 
 from relook import LoadedModel, load_model
@@ -34,6 +36,7 @@ from relook.generate.model_runner import ModelRunner
 from relook.generate.request import EngineLimits, Request
 from relook.generate.scheduler import Scheduler, feature_bytes
 from relook.generate.text import Text
+from relook.model.tower_attention import segment_attention
 from relook.recipe import build_recipe
 from relook.toyworld import build
 from relook.toyworld.build import shipped_base
@@ -200,11 +203,11 @@ def test_the_doctor_finds_a_gpu_that_works() -> None:
 
 def engine_texts(loaded: LoadedModel, prompts: list[Prompt], places: int = 6000) -> tuple[Scheduler, list[Text]]:
     settings = loaded.core.generation_config
-    inputs = lambda image: loaded.images.batch([image])  # noqa: E731
     banned = tuple(settings.suppress_tokens or ()), tuple(settings.begin_suppress_tokens or ())
-    batch = Scheduler(ModelRunner(loaded, places, banned), 64, inputs, RecentCache(1 << 28, feature_bytes))
+    batch = Scheduler(ModelRunner(loaded, places, banned), 64, RecentCache(1 << 28, feature_bytes))
     ends = lambda token, _: token == settings.eos_token_id  # noqa: E731
-    return batch, [Text(prompt.ids, prompt.images, 24, ends) for prompt in prompts]
+    inputs = {image: loaded.images.inputs(image) for prompt in prompts for image in prompt.images}
+    return batch, [Text(prompt.ids, prompt.images, 24, ends, image_inputs=inputs) for prompt in prompts]
 
 
 def prompts_on(loaded: LoadedModel, pictures: list[tuple[Path, Scene]]) -> list[Prompt]:
@@ -218,7 +221,7 @@ def prompts_on(loaded: LoadedModel, pictures: list[tuple[Path, Scene]]) -> list[
 def test_replayed_and_compiled_steps_give_the_cpus_texts(
     post_decoder: dict[str, Any], pictures: list[tuple[Path, Scene]]
 ) -> None:
-    """float32, arriving three at a time; a step launches one graph, and nothing is compiled twice."""
+    """float32, the first alone, the others three at a time; what is warm captures and compiles nothing more."""
     loaded, there = (load_model(shipped_base(), device=device) for device in ("cpu", "cuda"))
     if post_decoder:
         loaded, there = (as_loaded(tiny_relook(**post_decoder)) for _ in range(2))
@@ -234,13 +237,14 @@ def test_replayed_and_compiled_steps_give_the_cpus_texts(
         left = list(texts)
         with torch._dynamo.config.patch(error_on_recompile=turn > 0):
             while left or batch.busy:
-                batch.waiting.extend(left[:3])
-                del left[:3]
+                count = 3 if batch.busy else 1
+                batch.waiting.extend(left[:count])
+                del left[:count]
                 batch.step()
         assert batch.runner.compiled
         assert [text.tokens for text in texts] == [text.tokens for text in wanted]
         graphs = len(batch.runner._graphs)
-        texts = [Text(text.ids, text.images, 24, text.on_token) for text in texts]
+        texts = engine_texts(there, prompts)[1]
     assert graphs == len(batch.runner._graphs)
 
 
@@ -274,8 +278,34 @@ def test_the_decode_kernel_attends_as_plain_operations_do(
     keys, values = (side.float() for side in kv)
     expected = DenseReads(counts, [NOTHING] * 5, extents, keys).attend(query.float(), (keys, values), size**-0.5)
     ends, firsts, used = [0, 1, 2, 3, 21, 24], [first for first, _ in extents], [length for _, length in extents]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    close = partial(torch.testing.assert_close, atol=tolerance, rtol=tolerance)
     for pieces in (1, 4):
         reads = ExtentReads(ints(ends), ints([*firsts, 0]), ints(used), 18, 704, False, pieces)
-        mixed = attend(query, (kv[0], kv[1]), PassView(ints([]), [reads], True), size**-0.5)
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        torch.testing.assert_close(mixed.float(), expected, atol=tolerance, rtol=tolerance)
+        close(attend(query, (kv[0], kv[1]), PassView(ints([]), [reads], True), size**-0.5).float(), expected)
+        # The beginning that a group shares, and what each query has alone: some of either are empty.
+        alone = [(3000 + 40 * n, 7 * n % 31) for n in range(len(query))]
+        shared = [extent for count, extent in zip(counts, extents, strict=True) for _ in range(count)]
+        both = DenseReads([1] * len(query), alone, shared, keys).attend(query.float(), (keys, values), size**-0.5)
+        starts, lengths = ints([first for first, _ in alone] + [0]), ints([length for _, length in alone])
+        own = ExtentReads(ints(range(len(query) + 1)), starts, lengths, 1, 31, False, 1)
+        close(attend(query, (kv[0], kv[1]), PassView(ints([]), [reads, own], True), size**-0.5).float(), both)
+
+
+def test_a_tower_attends_within_its_segments_and_passes_gradients() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    states = [torch.randn(1, 4, 300, 80, device="cuda", generator=generator) for _ in range(4)]
+    bounds = torch.tensor([0, 64, 128, 140, 300], device="cuda", dtype=torch.int32)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        query, key, value = (tensor.to(dtype).requires_grad_() for tensor in states[:3])
+        output, _ = segment_attention(nn.Identity(), query, key, value, None, bounds, 160)
+        (output * states[3].transpose(1, 2)).sum().backward()
+        return [output.detach(), *(tensor.grad for tensor in (query, key, value) if tensor.grad is not None)]
+
+    parts = [tensor.split(bounds.diff().tolist(), 2) for tensor in states[:3]]
+    rows = [scaled_dot_product_attention(*qkv).transpose(1, 2) for qkv in zip(*parts, strict=True)]
+    exact, half = run(torch.float32), run(torch.bfloat16)
+    torch.testing.assert_close(exact[0], torch.cat(rows, 1), atol=1e-5, rtol=1e-4)
+    for found, expected in zip(half, exact, strict=True):  # FlashAttention
+        torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)

@@ -77,7 +77,7 @@ def test_a_run_that_was_cut_off_goes_on(
     answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "whole", **how)
     submit, groups = answering.submit, []
 
-    def interrupted(batch: Any, group: answering.Group, *more: Any) -> int:
+    def interrupted(batch: Any, group: Any, *more: Any) -> int:
         groups.append(group)
         if len(groups) == 3:
             raise KeyboardInterrupt

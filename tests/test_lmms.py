@@ -189,7 +189,7 @@ def test_a_run_that_was_cut_off_goes_on(
 ) -> None:
     submit, groups = answering.submit, []
 
-    def interrupted(batch: Any, group: answering.Group, *more: Any) -> int:
+    def interrupted(batch: Any, group: Any, *more: Any) -> int:
         groups.append(len(group))
         if len(groups) == 3:
             raise KeyboardInterrupt

@@ -112,10 +112,10 @@ def test_each_model_goes_on_in_its_own_conversation(page: Page, place: str) -> N
         assert "".join(event.text for event in engine.stream(request)) == text
 
 
-def asked(engine: Engine, turns: Sequence[Turn], image: Any) -> Any:
+def asked(engine: Engine, turns: Sequence[Turn], *images: Any) -> Any:
     from relook.generate.request import Request
 
-    return Request(engine.prompt(turns, [image]), (image,), NEW)
+    return Request(engine.prompt(turns, images), images, NEW)
 
 
 def test_a_seed_draws_the_same_again(page: Page, place: str) -> None:
@@ -230,6 +230,33 @@ def test_another_answer_takes_the_place_of_the_one_before() -> None:
     assert both.turns(0) == [Turn("a", "1"), Turn("b", "4")]
     assert both.turns(0, last=2) == [Turn("a", "1"), Turn("b", "3")]  # as it was when that word was written
     assert both.before_last_question().turns(0) == [Turn("a", "1")]
+
+
+def test_a_picture_that_is_added_stands_in_its_own_question(page: Page, place: str) -> None:
+    second = page.folder / "second.png"
+    second.write_bytes(PICTURES[1])
+    before = talk(page, place, [Turn(TEXTS[0], "No.")], [Turn(TEXTS[0], "Yes.")])
+    waiting = before.model_copy(update={"added": (str(second),)})
+    answers = ask(page, waiting, TEXTS[3])[-1]
+    for said, engine, word in zip(answers, page.engines.values(), ("No.", "Yes."), strict=True):
+        turns = [Turn(with_image(TEXTS[0]), word), Turn(with_image(TEXTS[3]), "")]
+        request = asked(engine, turns, *(engine.image(data) for data in PICTURES[:2]))
+        assert "".join(event.text for event in engine.stream(request)) == said
+    assert answers != ask(page, before, TEXTS[3])[-1]
+    # Asked once more it is shown again; a third picture waits for the next question.
+    conversation = waiting.asked(TEXTS[3]).answered([Answer(text=text, finish="stop") for text in answers])
+    assert conversation.pictures() == [(place,), (str(second),), ()]
+    again = conversation.model_copy(update={"added": (place,)}).asked(TEXTS[3], 1.0)
+    assert (again.added, again.before_last_question().added) == ((place,), (str(second),))
+    view = View(page, [], [], "en")
+    ended = conversation.ended("stop")
+    assert 'class="word' in view.chat(before)
+    assert re.findall(r'data-place="1', view.chat(ended)) == []  # no map of several pictures
+    assert view.chat(ended).count('class="thumb"') == 1
+    assert view.panel(again).count('class="thumb"') == 1
+    assert 'class="add"' not in view.panel(talk(page, place))
+    with pytest.raises(APIError, match="more than 16"):
+        ask(page, before.model_copy(update={"added": (place,) * 16}), TEXTS[3])
 
 
 def test_what_is_shown_is_no_html_and_no_code(page: Page, place: str) -> None:

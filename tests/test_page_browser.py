@@ -113,9 +113,9 @@ class Tab:
     def shoot(self, what: str) -> None:
         self.page.screenshot(path=self.shots / f"{self.name}-{what}.png")
 
-    def show(self, data: bytes, name: str = "picture.png") -> None:
+    def show(self, data: bytes, name: str = "picture.png", add: bool = False) -> None:
         file = {"name": name, "mimeType": "image/png", "buffer": data}
-        self.page.set_input_files("#panel input[type=file]", file)
+        self.page.set_input_files("#panel input.add" if add else "#panel input:not(.add)", file)
 
     def ask(self, question: str = QUESTION) -> None:
         self.page.fill("#question textarea", question)
@@ -218,6 +218,37 @@ def test_a_picture_a_question_a_word(
         assert not re.findall(r"[A-Za-z]{3,}", words), "not translated"
     assert tab.elsewhere == set()
     assert strangers == set()
+    tab.context.close()
+
+
+@pytest.mark.parametrize(("locale", "width", "height"), [("en-US", 1280, 720), ("zh-CN", 390, 844)])
+def test_a_picture_joins_the_next_question(
+    chromium: Any, served: Served, shots: Path, locale: str, width: int, height: int
+) -> None:
+    tab = Tab(chromium, served, shots, locale, width, height)
+    page = tab.page
+    tab.show(noise(0, (60, 40)))
+    page.wait_for_selector("#panel img.picture")
+    assert page.locator("#panel .add").count() == 0
+    tab.ask()
+    first = tab.whole()
+    tab.show(noise(1, (40, 60)), add=True)
+    page.wait_for_selector("#panel .thumb")
+    assert tab.answer() == first  # the conversation goes on
+    assert page.get_by_text(tab.text["add"]).is_visible()
+    tab.shoot("added")
+    tab.ask("Is there a dog in the image?")
+    page.wait_for_selector("#chat .thumb")
+    until(lambda: len(tab.asked()) == 2)
+    assert tab.whole()
+    assert page.locator("#panel .thumb").count() == 0
+    assert page.locator("#panel img.picture").is_visible()
+    assert page.locator(".exchange").nth(1).locator("button.word").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    tab.shoot("joined")
+    page.reload()
+    page.wait_for_selector("#chat .thumb")
+    assert tab.asked()[0] == QUESTION
     tab.context.close()
 
 

@@ -20,7 +20,7 @@ from relook import LoadedModel
 from relook.data.images import EncodedImage, RecentCache
 from relook.generate.dense_attention import NOTHING, DenseReads, Span
 from relook.generate.kv_extents import ExtentAllocator, shared_length
-from relook.generate.model_runner import ModelRunner
+from relook.generate.model_runner import ModelRunner, run_layer
 from relook.generate.scheduler import Scheduler
 from relook.generate.shared_projections import share_projections
 from relook.generate.text import Text
@@ -185,8 +185,19 @@ def by_generate(models: Models, asked: list[Any]) -> Tokens:
 def batch_of(loaded: LoadedModel, cells: int, rows: int, **how: Any) -> Scheduler:
     settings = loaded.core.generation_config
     banned = tuple(settings.suppress_tokens or ()), tuple(settings.begin_suppress_tokens or ())
-    inputs = lambda image: loaded.images.batch([image])  # noqa: E731
-    return Scheduler(ModelRunner(loaded, cells, banned), rows, inputs, RecentCache(1 << 20, lambda _: 1), **how)
+    return Scheduler(ModelRunner(loaded, cells, banned), rows, RecentCache(1 << 20, lambda _: 1), **how)
+
+
+def text_of(
+    loaded: LoadedModel,
+    ids: tuple[int, ...],
+    pictures: tuple[EncodedImage, ...],
+    eos: int | None = None,
+    new: int = NEW,
+) -> Text:
+    """A text that ends with a token, where one is given."""
+    inputs = {picture: loaded.images.inputs(picture) for picture in pictures}
+    return Text(ids, pictures, new, lambda token, _: token == eos, image_inputs=inputs)
 
 
 @settings(max_examples=12)
@@ -206,9 +217,8 @@ def test_texts_are_those_of_generate_however_they_come_and_go(
     batch = batch_of(
         loaded, cells, rng.choice([1, 3, 20]), chunk=rng.choice([7, 64, 1000]), keeps_answers=rng.random() < 0.5
     )
-    texts = [Text(ids, images, NEW, lambda token: False) for ids, (images, _) in zip(prompts, asked, strict=True)]
+    texts = [text_of(loaded, ids, images, eos) for ids, (images, _) in zip(prompts, asked, strict=True)]
     for text in texts:
-        text.on_token = lambda token, _: token == eos
         text.max_shared = rng.choice([None, None, 20])
     order = rng.sample(texts, len(texts))
     cancelled = set(rng.sample(texts, 2))
@@ -240,7 +250,7 @@ def test_an_answer_is_gone_on_from_and_another_picture_shares_the_words_before_i
     batch = batch_of(loaded, 2000, 4)
 
     def ask(text: str, picture: EncodedImage) -> Text:
-        asked = Text(encoder.prompt(text, [picture]), (picture,), NEW, lambda *_: False)
+        asked = text_of(loaded, encoder.prompt(text, [picture]), (picture,))
         batch.waiting.append(asked)
         while batch.busy:
             batch.step()
@@ -275,10 +285,8 @@ def test_a_pass_that_fails_ends_its_texts_and_no_others(
     loaded = models["cross"]
     batch, encoder = batch_of(loaded, 2000, 8), loaded.encoder()
     images = [rows[0] for rows in asked]
-    texts = [Text(encoder.prompt(text, pictures), pictures, NEW, lambda *_: False) for pictures, text in asked]
     eos = loaded.core.generation_config.eos_token_id
-    for text in texts:
-        text.on_token = lambda token, _: token == eos
+    texts = [text_of(loaded, encoder.prompt(text, pictures), pictures, eos) for pictures, text in asked]
     batch.waiting.extend(texts[:2])
     batch.step()
     with monkeypatch.context() as patch:
@@ -290,7 +298,7 @@ def test_a_pass_that_fails_ends_its_texts_and_no_others(
     while batch.busy:
         batch.step()
     assert [text.tokens for text in texts[:2]] == by_generate["cross"][:2]
-    again = Text(texts[4].ids, images[4], NEW, texts[4].on_token)
+    again = text_of(loaded, texts[4].ids, images[4], eos)
     batch.waiting.append(again)
     while batch.busy:
         batch.step()
@@ -301,10 +309,10 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(models: Models) -> No
     loaded = models["plain"]
     encoder = loaded.encoder()
     batch = batch_of(loaded, 2000, 4, chunk=10)
-    short = Text(encoder.prompt(TEXTS[0], ()), (), 100, lambda *_: False)
+    short = text_of(loaded, encoder.prompt(TEXTS[0], ()), (), new=100)
     batch.waiting.append(short)
     batch.step()
-    long = Text(encoder.prompt(TEXTS[0] * 10, ()), (), 1, lambda *_: False)
+    long = text_of(loaded, encoder.prompt(TEXTS[0] * 10, ()), (), new=1)
     batch.waiting.append(long)
     counts = []
     while not long.tokens:
@@ -325,17 +333,30 @@ def test_what_cannot_be_compiled_is_said_once(
     batch, encoder = batch_of(loaded, 2000, 8), loaded.encoder()
     said: list[str] = []
     monkeypatch.setattr("relook.generate.model_runner.status", lambda text, **_: said.append(text))
-    monkeypatch.setattr(batch.runner, "_read_layer", lambda *_: 1 / 0)
+    monkeypatch.setattr(batch.runner, "_run_layer", lambda *_: 1 / 0)
     eos = loaded.core.generation_config.eos_token_id
-    texts = [
-        Text(encoder.prompt(text, pictures), pictures, NEW, lambda token, _: token == eos) for pictures, text in asked
-    ]
+    texts = [text_of(loaded, encoder.prompt(text, pictures), pictures, eos) for pictures, text in asked]
     batch.waiting.extend(texts)
     while batch.busy:
         batch.step()
     assert [text.tokens for text in texts] == by_generate["plain"]
     assert len(said) == 1
     assert "cannot be compiled (ZeroDivisionError" in said[0]
+
+
+def test_layers_are_compiled_for_one_position_and_for_any_number(models: Models, asked: list[Any]) -> None:
+    """Whatever a pass reads: prompts and steps, extents that are shared, texts that come and go."""
+    loaded = models["plain"]
+    batch, encoder = batch_of(loaded, 2000, 8), loaded.encoder()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    batch.runner._run_layer = torch.compile(run_layer, fullgraph=True, dynamic=True, backend="eager")
+    waiting = [text_of(loaded, encoder.prompt(text, pictures), pictures) for pictures, text in [asked[0], *asked]]
+    while waiting or batch.busy:
+        batch.waiting.extend(waiting[:3] if batch.busy else waiting[:1])
+        del waiting[: 3 if batch.busy else 1]
+        batch.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 # --- projections that share one product

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import save_tiny, scramble
-from helpers.trunks import save_trunk
+from helpers.trunks import row_log_probs, save_trunk
 from PIL import Image
-from torch import Tensor
 
 from relook import LoadedModel, load_model
 from relook.data.convert import convert_pairs
@@ -148,20 +147,6 @@ def with_decoder(folder: Path, **settings: Any) -> LoadedModel:
     loaded.model = add_post_decoder(loaded.model, settings, generator).eval()
     scramble(loaded.model.model.post_decoder, generator)
     return loaded
-
-
-def row_log_probs(loaded: LoadedModel, items: Sequence[Item]) -> Tensor:
-    """Log-probs of the targets by transformers' own forward pass, one branch at a time."""
-    log_probs = []
-    for item in items:
-        tree = item.example.tree
-        for branch in tree.branches:
-            ids = torch.tensor([[*tree.prefix, *branch.ids]])
-            inputs = loaded.token_types(ids) | loaded.images.batch(item.example.images)
-            row = loaded.core(input_ids=ids, **inputs).logits[0].log_softmax(-1)
-            places = [len(tree.prefix) + i for i, flag in enumerate(branch.supervised) if flag]
-            log_probs += [row[place - 1, ids[0, place]] for place in places]
-    return torch.stack(log_probs)
 
 
 @pytest.mark.parametrize("settings", [{}, {"features": "tower"}, {"features": "projected"}], ids=str)

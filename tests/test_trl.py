@@ -19,7 +19,7 @@ from relook.forward.collate import preference_weights
 from relook.forward.policy import LiveBatch, Policy
 from relook.recipe import Recipe
 from relook.toyworld.build import make_processor
-from relook.train.loss import preference_loss
+from relook.train.loss import preference_loss, rated_loss
 
 PAD, IGNORE = 3, -100
 Gradients = dict[str, Tensor]
@@ -53,7 +53,7 @@ def theirs(model: Any, method: str, out: Path, **keys: Any) -> Any:
 
     trl = import_module("trl" if method == "DPO" else f"trl.experimental.{method.lower()}")
     trainer, config = getattr(trl, f"{method}Trainer"), getattr(trl, f"{method}Config")
-    own = {"ref_model": tiny_llava()} if method == "DPO" else {}
+    own = {"ref_model": tiny_llava()} if method in ("DPO", "KTO") else {}
     arguments = config(
         str(out), use_cpu=True, bf16=False, report_to="none", max_length=512, gradient_checkpointing=False, **keys
     )
@@ -122,6 +122,28 @@ def test_losses_with_a_reference_are_the_dpo_trainers(keys: dict[str, Any], poli
     for name in ("chosen", "rejected", "accuracies", "margins"):
         [logged] = trainer._metrics["eval"][f"rewards/{name}"]
         assert float(fields[f"rewards/{name}"]) == pytest.approx(logged, abs=1e-4)
+    assert_same(policy, loss, trainer.model, expected)
+
+
+@pytest.mark.parametrize("labels", [[True, False, True], [False, False, False]], ids=str)
+def test_kto_is_its_trainers(labels: list[bool], policy: Any, tmp_path: Path) -> None:
+    """Each picture's second answer stands for another prompt's answer, of which KTO's baseline is made."""
+    keys: dict[str, Any] = {"beta": 0.3, "desirable_weight": 0.8, "undesirable_weight": 1.3}
+    how = recipe(loss_type="kto", **keys)
+    trees = [Tree.of(pair) for pair in pairs(policy)]
+    batch = LiveBatch(pack(trees, PAD, row_length=200), pixels(3), [1] * 3)
+    with torch.no_grad():
+        reference = Policy(tiny_llava())(batch)
+    desirable = torch.tensor(labels)
+    loss, fields = rated_loss(how, Policy(policy)(batch), batch.packed.targets, reference, desirable)
+    trainer, inputs = theirs(policy, "KTO", tmp_path, per_device_train_batch_size=2, **keys), {"label": desirable}
+    for prefix, rows in zip(("", "KL_"), zip(*pairs(policy), strict=True), strict=True):
+        ids, there, answer = padded(list(rows))
+        names = ("input_ids", "attention_mask", "completion_mask")
+        inputs |= {f"{prefix}{name}": tensor for name, tensor in zip(names, (ids, there, answer), strict=True)}
+    trainer.model.eval()  # whose metrics are read
+    expected = trainer._compute_loss(trainer.model, {**inputs, "pixel_values": pixels(3)}, return_outputs=False)
+    assert float(fields["kl"]) == pytest.approx(trainer._metrics["eval"]["kl"][0], abs=1e-4)
     assert_same(policy, loss, trainer.model, expected)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.tiny import dpo_keys, scramble, sft_keys, write_world
-from helpers.trunks import KINDS, byte_tokenizer, save_trunk, tiny_config
+from helpers.trunks import KINDS, byte_tokenizer, row_log_probs, save_trunk, tiny_config
 from helpers.variants import variants
 from PIL import Image
 from torch import Tensor
@@ -33,7 +32,7 @@ from relook.generate import model_runner
 from relook.generate.answering import GenerationSettings, answer_questions
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits, Request
-from relook.model import families
+from relook.model import families, tower_attention
 from relook.model.export import WriteOptions, export_for, export_model, merge_adapter
 from relook.model.inspect import inspect_model
 from relook.model.lazy_model import open_folder
@@ -51,7 +50,10 @@ pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 # Qwen2.5-VL in the default suite, the others where minutes do not matter: those of the table, then some that nobody
 # named, which are checked when they are loaded.
 NAMED = [kind for kind in families.FAMILIES if kind in KINDS]
-UNNAMED = ["idefics3", "aya_vision", "vipllava", *(["mistral3"] if is_torchvision_available() else [])]
+UNNAMED = [
+    *("idefics3", "aya_vision", "vipllava", "idefics2", "deepseek_vl", "janus", "video_llama_3", "paddleocr_vl"),
+    *("exaone4_5", "glm46v", "qwen3_vl_moe", *(["mistral3"] if is_torchvision_available() else [])),
+]
 SUITE = [pytest.param(k, marks=[] if k == "qwen2_5_vl" else pytest.mark.slow) for k in (*NAMED, *UNNAMED)]
 
 
@@ -165,6 +167,19 @@ def test_hybrids_are_refused_by_name(tmp_path: Path) -> None:
         load_model(save_trunk(tmp_path / "hybrid", "qwen3_5"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        pytest.param("ovis2", "of which relook would compute something else", marks=pytest.mark.slow),
+        ("paligemma", "whose whole prompts see both ways"),
+        ("got_ocr2", "whose layers do not take SDPA"),
+    ],
+)
+def test_families_whose_trees_would_differ_are_refused_by_name(kind: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        load_model(save_trunk(tmp_path / kind, kind))
+
+
 @pytest.mark.parametrize("kind", ["smolvlm", "gemma3"])
 def test_an_image_is_written_as_the_processor_writes_it(kind: str, tmp_path: Path) -> None:
     """Texts between the tiles of an image, and line breaks that are tokens with what is around them."""
@@ -190,6 +205,24 @@ def test_an_untested_family_is_checked_when_it_is_loaded(tmp_path: Path, monkeyp
         load_model(folder)
 
 
+@torch.no_grad()
+def test_a_tower_attends_to_segments_of_equal_length_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_model(save_trunk(tmp_path / "model"))
+    calls: list[int] = []
+
+    def features(implementation: str) -> Tensor:
+        families.vision_tower(base.core.model).config._attn_implementation = implementation
+        return torch.cat(base.core.model.get_image_features(**base.images.batch(pictures)).pooler_output)
+
+    pictures = [picture(size, i) for i, size in enumerate((*SIZES, (64, 64)))]
+    original = tower_attention.sdpa_attention_forward
+    count = lambda *args, **kwargs: [calls.append(1), original(*args, **kwargs)][1]  # noqa: E731
+    monkeypatch.setattr(tower_attention, "sdpa_attention_forward", count)
+    assert families.vision_tower(base.core.model).config._attn_implementation == tower_attention.NAME
+    torch.testing.assert_close(features(tower_attention.NAME), features("sdpa"), atol=1e-5, rtol=1e-5)
+    assert 2 <= len(calls) <= 12  # 27 windows in the first layer and five pictures in the second
+
+
 # --- trees
 
 
@@ -204,21 +237,6 @@ def examples_of(loaded: LoadedModel, world: Path) -> list[Any]:
             )
         )
     ]
-
-
-def row_log_probs(loaded: LoadedModel, items: Sequence[Item]) -> Tensor:
-    """Log-probs of the targets by transformers' own forward pass, one branch at a time."""
-    found = []
-    for item in items:
-        tree = item.example.tree
-        for branch in tree.branches:
-            ids = torch.tensor([[*tree.prefix, *branch.ids]])
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **loaded.token_types(ids)}
-            inputs |= loaded.images.batch(item.example.images)
-            log_probs = loaded.core(**inputs).logits[0].log_softmax(-1)
-            places = [len(tree.prefix) + i for i, flag in enumerate(branch.supervised) if flag]
-            found += [log_probs[place - 1, ids[0, place]] for place in places]
-    return torch.stack(found)
 
 
 @pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}, TOWER], ids=str)
@@ -365,6 +383,15 @@ def test_what_a_run_leaves_is_loaded_merged_and_exported(
         assert (export_for(out, tmp_path / "vllm", "vllm", WriteOptions()) or 0.0) < 1e-5
 
 
+@pytest.mark.parametrize("keys", variants([REGIMES["lora"], REGIMES["post_decoder"], REGIMES["full"]], []), ids=str)
+def test_dpo_in_bf16_begins_at_ln_2(keys: dict[str, Any], folder: Path, world: Path, tmp_path: Path) -> None:
+    """The reference pass reads kept features in batches of its own, and must round as the first step does."""
+    short = {"bf16": True, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 8}
+    out = train(build_recipe(world_keys("dpo", folder, world, tmp_path / "run", **keys, **short)))
+    [first] = [entry["loss"] for entry in json.loads((out / "run.json").read_text())["log"] if "loss" in entry]
+    assert first == pytest.approx(math.log(2), abs=2e-3)
+
+
 CACHED: list[dict[str, Any]] = [
     {"tune_post_decoder": True, "post_decoder.features": "tower"},
     {"tune_post_decoder": True},
@@ -493,17 +520,16 @@ def table_row(loaded: LoadedModel) -> str:
     kind, core = loaded.core.config.model_type, loaded.core
     pictures = [picture(size) for size in (*SIZES, (300, 200))]
     shown = loaded.plain_encoder().positions(pictures)
-    image = "a number by its size" if len(set(map(placeholder_count, shown))) > 1 else "a fixed number"
+    image = "by its size" if len(set(map(placeholder_count, shown))) > 1 else "fixed"
     if any(isinstance(parts, tuple) and len(parts) > 3 for parts in shown):
-        image += ", texts between its parts"
+        image += ", texts between"
     traits = {
         "M-RoPE": hasattr(core.model, "get_rope_index"),
         "deepstack": bool(getattr(core.config.vision_config, "deepstack_visual_indexes", None)),
         "windows": any(families.attention_windows(core.config.text_config).values()),
         "images see both ways": families.sees_ahead(core.config),
     }
-    suite = "default" if kind == "qwen2_5_vl" else "slow"
-    return f"| `{kind}` | {image} | {', '.join(trait for trait, has in traits.items() if has)} | {suite} |"
+    return f"| `{kind}` | {image} | {', '.join(trait for trait, has in traits.items() if has)} |".replace("  ", " ")
 
 
 PAGE = (Path(__file__).parents[1] / "docs/trunks.md").read_text(encoding="utf-8")

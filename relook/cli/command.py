@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -135,9 +136,43 @@ class App(typer.Typer):
             paragraphs = (inspect.getdoc(function) or "").split("\n\n")
             text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
             options = {"help": text, "rich_help_panel": self.panel, **settings}
-            return super(App, self).command(name, cls=cls, **options)(function)
+            super(App, self).command(name, cls=cls, **options)(with_options_apart(function))
+            return function
 
         return register
+
+
+def with_options_apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with an option for each field of the dataclasses among its parameters.
+
+    Commands so share lists of options, which typer wants in a function's signature by name.
+    """
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(function, include_extras=True)
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        if not dataclasses.is_dataclass(kind):
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=kind))
+            continue
+        groups[parameter.name] = kind
+        of_fields = get_type_hints(kind, include_extras=True)
+        for field in dataclasses.fields(kind):
+            default = parameter.empty if field.default is dataclasses.MISSING else field.default
+            of_field = {"default": default, "annotation": of_fields[field.name]}
+            parameters.append(inspect.Parameter(field.name, parameter.KEYWORD_ONLY, **of_field))
+    if not groups:
+        return function
+
+    def command(**values: Any) -> Any:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+        return function(**values)
+
+    command.__name__, command.__module__ = function.__name__, function.__module__
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
 
 
 def as_recipe_error(error: Any, ctx: Any) -> RecipeError:

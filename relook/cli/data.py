@@ -13,39 +13,19 @@ from relook.cli.command import App
 from relook.cli.options import (
     BY,
     LAYOUTS,
-    OWN_JUDGES,
     PAIR_LAYOUTS,
     Adapter,
-    AnnotationKind,
     AnsweringModel,
     AsJson,
-    BatchSize,
     Bits,
     By,
-    Continuations,
-    Contrast,
     Device,
     Dtype,
     Engine,
     EngineArgs,
     EngineKey,
-    Exclude,
-    JudgeKey,
-    JudgeModel,
-    JudgePrice,
-    JudgeRequest,
-    JudgeWorkers,
-    MaxImages,
-    MaxPairs,
-    MinedFolder,
-    MiningJudge,
-    NearTexts,
-    ProbeQuestions,
-    Samples,
-    Synonyms,
-    Temperature,
+    MiningOptions,
     Tower,
-    Version,
     choice,
     input_argument,
     input_option,
@@ -138,26 +118,10 @@ def data_convert(
 @app.command()
 def mine(
     model: AnsweringModel,
-    images: MinedFolder,
-    annotations: AnnotationKind,
+    mining: MiningOptions,
     out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
     by: By = BY[0],
-    continuations: Continuations = 5,
-    max_pairs: MaxPairs = 0,
-    max_images: MaxImages = 0,
-    contrast: Contrast = False,
-    judge: MiningJudge = "exact",
-    judge_model: JudgeModel = "",
-    exclude: Exclude = None,
-    synonyms: Synonyms = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    samples: Samples = 1,
-    temperature: Temperature = 1.0,
-    questions: ProbeQuestions = 6,
-    near_texts: NearTexts = 0.9,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.", min=1)] = 256,
-    batch_size: BatchSize = 64,
-    version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,
     dtype: Dtype = "float32",
@@ -166,10 +130,6 @@ def mine(
     engine: Engine = "",
     engine_args: EngineArgs = "{}",
     engine_key: EngineKey = "OPENAI_API_KEY",
-    judge_price: JudgePrice = (0.0, 0.0),
-    judge_key: JudgeKey = "OPENAI_API_KEY",
-    judge_workers: JudgeWorkers = 8,
-    judge_request: JudgeRequest = "{}",
 ) -> None:
     """Make preference pairs from a model's own mistakes.
 
@@ -179,21 +139,13 @@ def mine(
 
     from relook.console import status
     from relook.evaluate.engines import answer_source
-    from relook.evaluate.judge import judge_settings
-    from relook.mine.jobs import MiningSettings, MiningSource
     from relook.mine.run import mine_pairs
     from relook.model.load import LoadOptions
 
     started = time.monotonic()
-    url = "" if judge in OWN_JUDGES else judge
-    endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    settings = MiningSettings(
-        *(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts, True),
-        *(by, continuations, judge == OWN_JUDGES[1], max_pairs, max_images, contrast),
-    )
-    source = MiningSource(images, annotations, synonyms, exclude or ())
+    judge, settings = mining.judge_settings(), mining.settings(by, seed, parquet=True)
     answers = answer_source(engine, engine_args, engine_key, LoadOptions(adapter, vision_tower, dtype, bits, device))
-    card = mine_pairs(model, source, out, settings, endpoint, answers)
+    card = mine_pairs(model, mining.source(), out, settings, judge, answers)
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
     status(
         f"{pairs[0]:,} {by} pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relook.data.templates import TEMPLATES
 from relook.errors import DataError, Faults, RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from relook.evaluate.judge import JudgeSettings
+    from relook.mine.jobs import MiningSettings, MiningSource
 
 # Names that options accept, for the help, completion and early checks. `tests/test_commands.py` compares them with the
 # registries, whose modules take seconds to import.
@@ -151,33 +156,73 @@ JudgeWorkers = Annotated[int, typer.Option(help="Prompts before the judge at onc
 JudgeRequest = Annotated[str, typer.Option(help="JSON: further fields of its requests; null leaves one out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
 
-# What mining takes.
-MinedFolder = Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")]
-AnnotationKind = Annotated[
-    str,
-    typer.Option(
-        **choice("kind of annotations", ANNOTATIONS, "What says what is on them: coco, vg, toyworld or none.")
-    ),
-]
-By = Annotated[str, typer.Option(**choice("kind of pairs", BY, "Pairs of a description each, or by sentence."))]
-Continuations = Annotated[int, typer.Option(help="By sentence: continuations sampled at each sentence's end.", min=2)]
-MaxPairs = Annotated[int, typer.Option(help="Largest number of pairs, without questions; 0 keeps all.", min=0)]
-MaxImages = Annotated[int, typer.Option(help="Number of images, drawn by the seed; 0: all.", min=0)]
-MiningJudge = Annotated[
-    str,
-    typer.Option(help="exact: annotations alone; a judge's endpoint; self: by sentence, the model's own answers."),
-]
-Exclude = Annotated[
-    list[Path] | None, input_option("Evaluation images: a file that names them, or a folder of them. Repeat.")
-]
-Synonyms = Annotated[Path | None, input_option('JSON: further words for objects, as {"cup": ["mug"]}.')]
-Samples = Annotated[int, typer.Option(help="Sampled descriptions an image, besides the greedy one.", min=0)]
-Temperature = Annotated[float, typer.Option(help="Of what is sampled.")]
-ProbeQuestions = Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)]
-Contrast = Annotated[
-    bool, typer.Option("--contrast", help="Pair descriptions without a mistake with worse ones; annotations only.")
-]
-NearTexts = Annotated[
-    float, typer.Option(help="Similarity from which a description was said before; 0 keeps all.", min=0, max=1)
-]
 BatchSize = Annotated[int, typer.Option(help="Prompts that a batch has memory for.", min=1)]
+By = Annotated[str, typer.Option(**choice("kind of pairs", BY, "Pairs of a description each, or by sentence."))]
+
+
+@dataclass(frozen=True)
+class MiningOptions:
+    """Options of the commands that mine: what is described, who checks it, and how much of it."""
+
+    images: Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")]
+    annotations: Annotated[
+        str,
+        typer.Option(
+            **choice("kind of annotations", ANNOTATIONS, "What says what is on them: coco, vg, toyworld or none.")
+        ),
+    ]
+    exclude: Annotated[
+        list[Path] | None, input_option("Evaluation images: a file that names them, or a folder of them. Repeat.")
+    ] = None
+    synonyms: Annotated[Path | None, input_option('JSON: further words for objects, as {"cup": ["mug"]}.')] = None
+    samples: Annotated[int, typer.Option(help="Sampled descriptions an image, besides the greedy one.", min=0)] = 1
+    continuations: Annotated[
+        int, typer.Option(help="By sentence: continuations sampled at each sentence's end.", min=2)
+    ] = 5
+    temperature: Annotated[float, typer.Option(help="Of what is sampled.")] = 1.0
+    questions: Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)] = 6
+    contrast: Annotated[
+        bool, typer.Option("--contrast", help="Pair descriptions without a mistake with worse ones; annotations only.")
+    ] = False
+    near_texts: Annotated[
+        float, typer.Option(help="Similarity from which a description was said before; 0 keeps all.", min=0, max=1)
+    ] = 0.9
+    max_pairs: Annotated[int, typer.Option(help="Largest number of pairs, without questions; 0 keeps all.", min=0)] = 0
+    max_images: Annotated[int, typer.Option(help="Number of images, drawn by the seed; 0: all.", min=0)] = 0
+    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.", min=1)] = 256
+    batch_size: BatchSize = 64
+    version: Version = ""
+    judge: Annotated[
+        str,
+        typer.Option(help="exact: annotations alone; a judge's endpoint; self: by sentence, the model's own answers."),
+    ] = "exact"
+    judge_model: JudgeModel = ""
+    judge_price: JudgePrice = (0.0, 0.0)
+    judge_key: JudgeKey = "OPENAI_API_KEY"
+    judge_workers: JudgeWorkers = 8
+    judge_request: JudgeRequest = "{}"
+
+    def source(self) -> MiningSource:
+        from relook.mine.jobs import MiningSource
+
+        return MiningSource(self.images, self.annotations, self.synonyms, self.exclude or ())
+
+    def settings(self, by: str, seed: int, parquet: bool) -> MiningSettings:
+        from relook.mine.jobs import MiningSettings
+
+        names = (
+            *("samples", "questions", "temperature", "batch_size", "max_new_tokens", "near_texts"),
+            *("continuations", "max_pairs", "max_images", "contrast"),
+        )
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in names}
+        own_answers = self.judge == OWN_JUDGES[1]
+        return MiningSettings(seed, template=self.version, by=by, own_answers=own_answers, parquet=parquet, **chosen)
+
+    def judge_settings(self) -> JudgeSettings | None:
+        """Return the judge that the options name; None if none does."""
+        from relook.evaluate.judge import judge_settings
+
+        url = "" if self.judge in OWN_JUDGES else self.judge
+        return judge_settings(
+            url, self.judge_model, self.judge_price, self.judge_key, self.judge_workers, self.judge_request
+        )

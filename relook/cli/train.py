@@ -11,30 +11,13 @@ import typer
 from relook.cli.command import START, App, RecipeCommand, print_result
 from relook.cli.options import (
     BY,
-    OWN_JUDGES,
-    AnnotationKind,
     AsJson,
-    BatchSize,
     By,
-    Continuations,
     Device,
     Dtype,
-    Exclude,
-    JudgeKey,
-    JudgeModel,
-    JudgePrice,
-    JudgeRequest,
-    JudgeWorkers,
-    MaxImages,
-    MaxPairs,
-    MinedFolder,
-    MiningJudge,
-    NearTexts,
-    ProbeQuestions,
-    Samples,
-    Synonyms,
-    Temperature,
-    Version,
+    Engine,
+    EngineArgs,
+    MiningOptions,
     completion,
     input_option,
 )
@@ -175,8 +158,7 @@ def align(
     context: typer.Context,
     recipe: RecipeName,
     model: Annotated[Path, input_option("The base model.")],
-    images: MinedFolder,
-    annotations: AnnotationKind,
+    mining: MiningOptions,
     data: Annotated[Path, input_option("Dev set: a folder as `relook eval chair` takes; not the test set.")],
     out: Annotated[Path, typer.Option(help="Folder of the rounds; run again to go on there.")],
     rounds: Annotated[int, typer.Option(help="Largest number of rounds.", min=1)] = 3,
@@ -184,27 +166,11 @@ def align(
         float, typer.Option(help="Stop where CHAIR_i at equal recall falls by no more than this share.", min=0)
     ] = 0.0,
     by: By = BY[1],
-    continuations: Continuations = 5,
-    max_pairs: MaxPairs = 0,
-    max_images: MaxImages = 0,
-    judge: MiningJudge = "exact",
-    judge_model: JudgeModel = "",
-    exclude: Exclude = None,
-    synonyms: Synonyms = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling, and of training.")] = 0,
-    samples: Samples = 1,
-    temperature: Temperature = 1.0,
-    questions: ProbeQuestions = 6,
-    near_texts: NearTexts = 0.9,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.", min=1)] = 256,
-    batch_size: BatchSize = 64,
-    version: Version = "",
     dtype: Dtype = "float32",
     device: Device = "",
-    judge_price: JudgePrice = (0.0, 0.0),
-    judge_key: JudgeKey = "OPENAI_API_KEY",
-    judge_workers: JudgeWorkers = 8,
-    judge_request: JudgeRequest = "{}",
+    engine: Engine = "",
+    engine_args: EngineArgs = "{}",
 ) -> None:
     """Align a model in rounds: mine pairs from its mistakes, train on them, evaluate on a dev set, and again.
 
@@ -214,25 +180,19 @@ def align(
     options = [option.removeprefix("--") for parameter in context.command.params for option in parameter.opts]
     check_names(recipe, context.args, complete=False, options=options)
     from relook.align import AlignSettings, align
-    from relook.evaluate.judge import judge_settings
-    from relook.mine.jobs import MiningSettings, MiningSource
     from relook.model.load import LoadOptions
 
-    keys = {**parse_overrides(context.args), "seed": seed, **({"version": version} if version else {})}
-    url = "" if judge in OWN_JUDGES else judge
-    endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    mining = MiningSettings(
-        *(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts, False),
-        *(by, continuations, judge == OWN_JUDGES[1], max_pairs, max_images),
-    )
+    keys = {**parse_overrides(context.args), "seed": seed}
+    if mining.version:
+        keys["version"] = mining.version
     adapter, tower = (Path(keys[key]) if keys.get(key) else None for key in ("adapter_name_or_path", "vision_tower"))
     page = align(
         model,
-        MiningSource(images, annotations, synonyms, exclude or ()),
+        mining.source(),
         out,
-        AlignSettings(recipe, keys, data, rounds, min_gain),
-        mining,
-        endpoint,
+        AlignSettings(recipe, keys, data, rounds, min_gain, engine, engine_args),
+        mining.settings(by, seed, parquet=False),
+        mining.judge_settings(),
         LoadOptions(adapter, tower, dtype, 16, device),
     )
     typer.echo(str(page))

@@ -99,6 +99,8 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
         opened = open_sentinel(file, images or file.parent)
     else:
         opened = open_parquet(source, images)
+        if opened.layout not in COLUMNS:
+            raise DataError(f"{source} has rated answers, not pairs.", "Train on it by loss_type kto.")
     rows = _pairs(opened, to)
     if to in FOLDERS:
         return (write_hadpo if to == "hadpo" else write_sentinel)(target, opened, rows)

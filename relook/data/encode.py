@@ -36,11 +36,15 @@ Sample = TypeVar("Sample")
 
 @dataclass(frozen=True)
 class Example:
-    """Tree ready for packing, the images of its prefix, and the id of the sample it was made from."""
+    """Tree ready for packing, the images of its prefix, and the id of the sample it was made from.
+
+    `desirable` is the label of a rated answer (`PreferencePair`).
+    """
 
     id: str
     tree: Tree
     images: tuple[Path, ...]
+    desirable: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -214,9 +218,9 @@ class Encoder:
         prompt, sides = with_image(pair.prompt, len(pair.images)), (pair.chosen, pair.rejected)
         turns = [Turn(prompt, response, pair.context, pair.complete) for response in sides]
         rows = [self.learned([turn], pair.images, pair.id) for turn in turns]
-        if rows[0] == rows[1]:
+        if rows[0] == rows[1] and pair.desirable is None:
             raise DataError(f"Pair {pair.id}: chosen and rejected have the same tokens.", "Remove the pair.")
-        return Example(pair.id, Tree.of(rows), pair.images)
+        return Example(pair.id, Tree.of(rows), pair.images, pair.desirable)
 
     def pairs(self, pairs: Sequence[PreferencePair], faults: list[str] | None = None) -> list[Example]:
         """Encode preference pairs as trees; `faults` is as in `conversations`."""

@@ -3,6 +3,7 @@
     trl     images [{bytes, path}] (or image), prompt, chosen, rejected: texts, or lists of messages
     rlhfv   image {bytes, path}, text: JSON of question, chosen, rejected   (Yu et al. 2024, arXiv:2312.00849)
     rlaifv  image {bytes, path}, question, chosen, rejected                 (Yu et al. 2024, arXiv:2405.17220)
+    kto     images (or image), prompt, completion, label: TRL's rated answers, which are only read
 
 A column `context` holds the beginning of both answers, and `complete` whether they are whole (`PreferencePair`). An
 assistant message at the end of TRL's prompt is a context, too: the answers of such a row continue it.
@@ -53,13 +54,17 @@ class InvalidPair(BadRecord):
 
 @dataclass(frozen=True)
 class RawPair:
-    """Preference pair as stored; `extra` holds the further columns of its layout, by name, `context` among them."""
+    """Preference pair as stored; `extra` holds the further columns of its layout, by name, `context` among them.
+
+    A rated answer is `chosen`, with its label in `desirable`.
+    """
 
     images: tuple[Embedded, ...]
     prompt: str
     chosen: str
     rejected: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    desirable: bool | None = None
 
     @property
     def image(self) -> Embedded:
@@ -116,6 +121,8 @@ COLUMNS = {
     "rlhfv": ("image", "text"),
     "rlaifv": ("image", "question", "chosen", "rejected"),
 }
+RATED = "kto"  # TRL's rated answers, which are read and not written
+READ_COLUMNS = {**COLUMNS, RATED: ("images", "prompt", "completion", "label")}
 TEXT_COLUMNS = ("question", "chosen", "rejected")
 # Further columns that RLHF-V's own programs require: type, and the value for a row without one.
 _META_COLUMNS: dict[str, tuple[str, Callable[[RawPair, int], Any]]] = {
@@ -192,7 +199,7 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Pa
     notes = _json(metadata.get(META))
     filled = tuple(name for name in _listed(notes.get("filled")) if isinstance(name, str))
     # Columns that the layout itself names; what is left, apart from added ones, travels along by name.
-    native = {_image_column(schema.names) if name == "images" else name for name in COLUMNS[layout]}
+    native = {_image_column(schema.names) if name == "images" else name for name in READ_COLUMNS[layout]}
     extra_fields = [field for field in schema if field.name not in native and field.name not in filled]
     features = _features(schema)
     root = image_folder or path.parent
@@ -257,11 +264,13 @@ def layout_of(columns: Sequence[str], path: str | Path) -> str:
     present = set(columns)
     if {"prompt", "chosen", "rejected"} <= present and present & {"images", "image"}:
         return "trl"
+    if {"prompt", "completion", "label"} <= present and present & {"images", "image"}:
+        return RATED
     if {"image", *TEXT_COLUMNS} <= present:
         return "rlaifv"
     if {"image", "text"} <= present:
         return "rlhfv"
-    layouts = "; ".join(f"{name}: {', '.join(required)}" for name, required in COLUMNS.items())
+    layouts = "; ".join(f"{name}: {', '.join(required)}" for name, required in READ_COLUMNS.items())
     raise DataError(f"{path} has the columns {', '.join(columns)}.", f"Known are {layouts}.")
 
 
@@ -291,15 +300,19 @@ def _row(
     layout: str, values: dict[str, Any], extra_names: Sequence[str], schema: Any, folders: Sequence[Path]
 ) -> RawPair | InvalidPair:
     column = _image_column(list(values))
-    texts = {name: values[name] for name in COLUMNS[layout] if name not in ("image", "images")}
+    texts = {name: values[name] for name in READ_COLUMNS[layout] if name not in ("image", "images")}
     try:
         images = tuple(_embedded(image, folders) for image in _listed(values[column]))
         prompt, chosen, rejected, context = _plain_texts(layout, texts)
-        if layout == "trl" and _image_parts(values["prompt"]) not in (0, len(images)):
+        if layout in ("trl", RATED) and _image_parts(values["prompt"]) not in (0, len(images)):
             raise InvalidPair(IMAGE_COUNT)
+        if layout == RATED and not isinstance(values["label"], bool):
+            raise InvalidPair("label is neither true nor false")
     except InvalidPair as bad:
         return bad
     extra = {name: values[name] for name in extra_names if name in values} | ({CONTEXT: context} if context else {})
+    if layout == RATED:
+        return RawPair(images, prompt, chosen, rejected, extra, values["label"])
     row = RawPair(images, prompt, chosen, rejected, extra)
     # Keep the source texts only if the plain ones do not restore them, e.g. a prompt in several parts.
     if _without_none(_native_columns(layout, row, schema)) == _without_none(texts):
@@ -336,13 +349,14 @@ def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str, 
     Raises:
         InvalidPair: they are not one user turn and two answers.
     """
-    if layout == "trl":
+    if layout in ("trl", RATED):
         prompt, context = texts["prompt"], ""
         if isinstance(prompt, list) and len(prompt) == 2:
             context, prompt = _message_text(prompt[1:], "prompt", "assistant"), prompt[:1]
         question = _message_text(prompt, "prompt", "user")
-        chosen, rejected = (context + _message_text(texts[side], side, "assistant") for side in ("chosen", "rejected"))
-        return question, chosen, rejected, context
+        sides = ("completion",) if layout == RATED else ("chosen", "rejected")
+        answers = [context + _message_text(texts[side], side, "assistant") for side in sides]
+        return question, answers[0], "".join(answers[1:]), context
     if layout == "rlhfv":
         try:
             texts = json.loads(texts["text"])

@@ -7,7 +7,7 @@ ha_dpo/models/llava-v1_5/train_dpo.py.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -346,17 +346,33 @@ def read_pairs(
                 drop_log.skip("answered correctly")
                 continue
             options = pair_options(row.extra)
-            if fault := check_pair(row.prompt, row.chosen, row.rejected, options["context"]):
+            rejected = row.rejected if row.desirable is None else f"{row.chosen}."  # any other text, exchanged below
+            if fault := check_pair(row.prompt, row.chosen, rejected, options["context"]):
                 raise BadRecord(fault)
             if not row.images:
                 raise BadRecord("no image")
             if row.prompt.count(IMAGE) not in (0, len(row.images)):
                 raise BadRecord(IMAGE_COUNT)
             images = tuple(_extracted(image, folder) for image in row.images)
-            pairs.append(PreferencePair(name, images, row.prompt, row.chosen, row.rejected, **options))
+            texts = row.prompt, row.chosen, row.rejected
+            pairs.append(PreferencePair(name, images, *texts, **options, desirable=row.desirable))
         except BadRecord as bad:
             drop_log.drop(name, str(bad))
     return pairs, drop_log.report(len(pairs))
+
+
+def rated_answers(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Return rated answers for KTO: as they are, or both answers of each pair, all chosen ones first.
+
+    Each gets the answer before it, to another prompt, as `rejected`: KTO's baseline. TRL does both in the same order.
+    """
+    rated = [pair for pair in pairs if pair.desirable is not None] or [
+        replace(pair, id=f"{pair.id}-{side}", chosen=getattr(pair, side), desirable=side == "chosen")
+        for side in ("chosen", "rejected")
+        for pair in pairs
+    ]
+    before = [answer.chosen.removeprefix(answer.context) for answer in (*rated[-1:], *rated[:-1])]
+    return [replace(answer, rejected=answer.context + other) for answer, other in zip(rated, before, strict=True)]
 
 
 def _extracted(image: Embedded, folder: Path) -> Path:

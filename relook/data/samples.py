@@ -22,6 +22,8 @@ class PreferencePair:
             images then stand before it.
         context: text with which both responses begin. It is read like the prompt and not supervised.
         complete: False if the responses break off, as sentences of a longer answer do. No end mark follows them.
+        desirable: None for a pair. Of a single rated answer, for KTO: whether `chosen` is good; `rejected` is then the
+            answer to another prompt, which tells how far the policy is from the reference.
     """
 
     id: str
@@ -31,6 +33,7 @@ class PreferencePair:
     rejected: str
     context: str = ""
     complete: bool = True
+    desirable: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,8 @@ class Collator:
             values = [getattr(item, name) for item in items]
             if values[0] is not None:
                 batch[name] = torch.cat(values)
+        if items[0].example.desirable is not None:
+            batch["desirable"] = torch.tensor([item.example.desirable for item in items])
         return batch
 
     def with_blank_image(self, batch: LiveBatch | TrunkStates) -> LiveBatch | TrunkStates:

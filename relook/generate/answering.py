@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
@@ -20,11 +20,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from relook.console import ProgressReport
 from relook.data.encode import Encoder, placeholder_count
-from relook.data.images import GRID, RecentCache, Shown, prefetch_map
+from relook.data.images import RecentCache, Shown, prefetch_map
 from relook.data.samples import Turn
 from relook.data.sentences import end_of_first_sentence
 from relook.errors import CheckpointError, RecipeError
-from relook.forward.positions import row_positions
 from relook.generate.attention import without_cudnn_attention
 from relook.generate.kv_extents import shared_length
 from relook.generate.model_runner import ModelRunner
@@ -32,13 +31,14 @@ from relook.generate.passes import BUCKETS
 from relook.generate.request import IncrementalText
 from relook.generate.sampling import Sampler, TokenLogprobs
 from relook.generate.scheduler import PREFILL_POSITIONS, Scheduler, feature_bytes
-from relook.generate.text import ImageFeatures, ImageKey, Text
+from relook.generate.text import ImageFeatures, Text
 from relook.model.checkpoint import AnyFolder, ModelFolder
 from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
 FEATURE_BYTES = 1 << 30  # image features that are cached
 WAVE_REST = 4  # a share of 1 / 4 of a wave's texts may still grow when the next one comes
+ONLY_OWN_ENGINE = "Only relook's own engine goes on with answers that have begun.", "Leave --engine out."
 EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around an image
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
@@ -114,9 +114,6 @@ class Prompt:
     context: tuple[int, ...] = ()
 
 
-Group = list[Prompt]  # over the same images
-
-
 class AnsweringEngine(Protocol):
     """Another engine than relook's own, such as vLLM or a server."""
 
@@ -189,7 +186,7 @@ def continue_answers(
         RecipeError: another engine answers than relook's own.
     """
     if not isinstance(answerer, LoadedModel):
-        raise RecipeError("Only relook's own engine goes on with answers that have begun.", "Leave --engine out.")
+        raise RecipeError(*ONLY_OWN_ENGINE)
     questions = [
         DistinctQuestion(number, (beginning.image,), beginning.text, beginning.context)
         for number, beginning in enumerate(beginnings, settings.first)
@@ -276,36 +273,26 @@ def _answer_by_engine(
     """
     runner = ModelRunner.of(loaded, cells, minimum, (sampler.never, sampler.not_first))
     features: RecentCache[ImageFeatures] = RecentCache(FEATURE_BYTES, feature_bytes)
-    ready: dict[ImageKey, dict[str, Tensor]] = {}  # inputs of images that were read ahead
-    grids: dict[ImageKey, Tensor | None] = {}
-
-    def read_image(image: Any) -> dict[str, Tensor]:
-        inputs = loaded.images.inputs(image)
-        grids[image] = inputs.get(GRID)
-        return runner.staged(inputs)
-
-    def prepare(questions: Sequence[DistinctQuestion]) -> Group:
-        """Tokenise a group and read its images, on another thread: the scheduler's has no time for that."""
-        for image in questions[0].images:
-            if features.get(image) is None:
-                ready[image] = read_image(image)
-        return [question.encode(encoder) for question in questions]
-
-    def image_inputs(image: ImageKey) -> dict[str, Tensor]:
-        """Return what was read ahead; where features were evicted since, the image is read again."""
-        inputs = ready.pop(image, None)
-        return read_image(image) if inputs is None else inputs
-
-    scheduler = Scheduler(
-        runner,
-        BUCKETS[-1],
-        image_inputs,
-        features,
-        chunk=PREFILL_POSITIONS,  # nobody waits for a step
-        keeps_answers=False,
-    )
+    # Whole prompts are read at once, since nobody waits for a step.
+    scheduler = Scheduler(runner, BUCKETS[-1], features, chunk=PREFILL_POSITIONS, keeps_answers=False)
     finished: deque[tuple[Prompt, Continuation]] = deque()
     bytes_of = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
+
+    def prepare(questions: Sequence[DistinctQuestion]) -> list[Text]:
+        """Tokenise a group and read its images, on another thread: the scheduler's has no time for that."""
+        inputs = {image: runner.staged(loaded.images.inputs(image)) for image in questions[0].images}
+        prompts = [question.encode(encoder) for question in questions]
+        # What all prompts of the group have in common: its image, usually, and the words before it.
+        common = min(shared_length(prompts[0].ids, prompt.ids, len(prompt.ids) - 1) for prompt in prompts)
+        texts = []
+        for prompt in prompts:
+            text = IncrementalText(bytes_of, sampler.stops)
+            answer = _GrowingAnswer(prompt, loaded, settings, sampler, text, finished)
+            draws = sampler.draws(prompt.number, settings.max_new_tokens)
+            how = sampler.temperature, sampler.top_k, sampler.top_p, draws
+            texts.append(Text(prompt.ids, prompt.images, settings.max_new_tokens, answer.add, *how))
+            texts[-1].image_inputs, texts[-1].max_shared = inputs, common
+        return texts
 
     def step() -> Iterator[tuple[Prompt, Continuation]]:
         scheduler.step()
@@ -313,13 +300,9 @@ def _answer_by_engine(
         while finished:
             yield finished.popleft()
 
-    def begin(prompt: Prompt) -> _GrowingAnswer:
-        return _GrowingAnswer(prompt, loaded, settings, sampler, IncrementalText(bytes_of, sampler.stops), finished)
-
-    # Groups are prepared (tokenised, images decoded and pinned) on threads, ahead of the scheduler.
     queued = 0  # positions that the texts of the next wave need
-    for group in prefetch_map(prepare, groups):
-        queued += submit(scheduler, group, begin, grids)
+    for texts in prefetch_map(prepare, groups):
+        queued += submit(scheduler, texts)
         if runner.has_kernel:
             # Some texts always wait, so that a pass is full; no more do, so that few images are in memory.
             while len(scheduler.waiting) >= settings.batch_size:
@@ -332,6 +315,13 @@ def _answer_by_engine(
             queued = 0
     while scheduler.busy:
         yield from step()
+
+
+def submit(scheduler: Scheduler, texts: Sequence[Text]) -> int:
+    """Queue the texts of a group. Return the positions that they need."""
+    scheduler.waiting.extend(texts)
+    common = texts[0].max_shared or 0
+    return common + sum(len(text.ids) - common + text.max_new_tokens for text in texts)
 
 
 @dataclass
@@ -372,35 +362,6 @@ def continuation(
     return Continuation(text[:end], len(ids), complete and end is None)
 
 
-def submit(
-    scheduler: Scheduler,
-    group: Group,
-    begin: Callable[[Prompt], _GrowingAnswer],
-    grids: Mapping[ImageKey, Tensor | None],
-) -> int:
-    """Queue the prompts of a group. Return the positions that they need.
-
-    Args:
-        begin: makes the answer that takes a prompt's tokens.
-        grids: `image_grid_thw` of each image, in models that have it.
-    """
-    config = scheduler.runner.core.config
-    first = group[0].ids
-    # What all prompts of the group have in common: its image, usually, and the words before it.
-    common = min(shared_length(first, prompt.ids, len(prompt.ids) - 1) for prompt in group)
-    needed = common
-    for prompt in group:
-        answer = begin(prompt)
-        sampler, max_new_tokens = answer.sampler, answer.settings.max_new_tokens
-        text = Text(prompt.ids, prompt.images, max_new_tokens, answer.add, max_shared=common)
-        text.positions = row_positions(config, prompt.ids, [grids[image] for image in prompt.images])
-        text.temperature, text.top_k, text.top_p = sampler.temperature, sampler.top_k, sampler.top_p
-        text.draws = sampler.draws(prompt.number, max_new_tokens)
-        scheduler.waiting.append(text)
-        needed += len(prompt.ids) - common + max_new_tokens
-    return needed
-
-
 # ----------------------------------------------------------------------------------------------------
 # By transformers' `generate`
 
@@ -427,7 +388,7 @@ def _answer_by_generate(
     size = settings.batch_size
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
-    def load_images(batch: Group) -> Group:
+    def load_images(batch: list[Prompt]) -> list[Prompt]:
         for image in itertools.chain.from_iterable(prompt.images for prompt in batch):
             loaded.images(image)
         return batch

@@ -16,7 +16,6 @@ extent is cut.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from contextlib import ContextDecorator
 from dataclasses import dataclass
@@ -30,11 +29,11 @@ from relook.generate.dense_attention import KV, DenseReads
 from relook.model.load import LoadedModel
 from relook.model.modeling_relook import reads_tower
 
-decode_attention: Any
+kernels: Any
 try:
-    from relook.generate.decode_kernel import decode_attention
+    from relook.generate import kernels
 except ImportError:  # no Triton: CPUs, and platforms that it does not support
-    decode_attention = None
+    kernels = None
 
 ATTENTION_NAME = "relook_pool"  # under which transformers' layers find `pool_attention`
 
@@ -119,29 +118,38 @@ class KVPool:
         size = (cells + 1, shape.heads, shape.head_size)
         # Zeros: a masked value is multiplied by 0, and 0 times a stray NaN is NaN.
         self.layers = [(like.new_zeros(size), like.new_zeros(size)) for _ in range(shape.layers)]
-        if like.is_cuda:
-            for tensor in itertools.chain.from_iterable(self.layers):
-                # What is compiled holds for pools of any size: another one is not compiled for again.
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+class _CurrentLayer(threading.local):
+    """Keys and values of the layer that this thread runs, and the view of its pass.
+
+    They are no arguments of the layer, so that a compiled layer does not depend on what a pass reads.
+    """
+
+    kv: KV
+    view: PassView
+
+
+current = _CurrentLayer()
 
 
 def pool_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float,
-    kv: KV,
-    view: PassView,
-    **_: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Write the new keys and values, then attend: transformers' attention interface, (1, H, N, D) to (1, N, H, D)."""
+    """Attend to the pool: transformers' attention interface, (1, H, N, D) to (1, N, H, D)."""
+    call = _opaque_attention if torch.compiler.is_compiling() else _attention
+    return call(query, key, value, scaling), None
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     # transformers' layers have a batch of 1: all positions of a pass lie side by side in it.
-    new = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    return attend(query[0].transpose(0, 1), kv, view, scaling, new)[None], None
+    query, key, value = (side[0].transpose(0, 1) for side in (query, key, value))
+    return attend(query, current.kv, current.view, scale, (key, value))[None]
 
 
+# For the compiler one operation, which it neither looks into nor compiles again for other reads.
+_opaque_attention = torch.library.custom_op("relook::pool_attention", _attention, mutates_args=())
+_opaque_attention.register_fake(lambda query, *_: query.transpose(1, 2).new_empty(query.transpose(1, 2).shape))
 AttentionInterface.register(ATTENTION_NAME, pool_attention)
 
 
@@ -154,40 +162,19 @@ def attend(query_NHD: Tensor, kv: KV, view: PassView, scale: float, new: KV | No
     if isinstance(view.reads, DenseReads):
         return view.reads.attend(query_NHD, kv, scale, new, view.cells)
     if new is not None:
-        for stored, side in zip(kv, new, strict=True):
-            stored.index_copy_(0, view.cells, side)
-    # One part for each set of reads: what a text has alone, and the beginning that it shares.
-    parts = [_read(query_NHD, kv, reads, view.is_step, scale) for reads in view.reads]
-    # One read in one piece needs no merge.
-    if len(parts) == 1 and parts[0][0].ndim == 3:
-        return parts[0][0].to(query_NHD.dtype)
-    # (C, N, H, D) and (C, N, H): the pieces of all reads, side by side.
-    out = torch.cat([out if out.ndim == 4 else out[None] for out, _ in parts]).float()
-    lse = torch.cat([lse if lse.ndim == 3 else lse[None] for _, lse in parts])
-    lse = torch.where(lse == torch.inf, -torch.inf, lse)  # FlashAttention's sign of an empty read
-    # Softmax over the parts: exp(lse) is the sum of a part's exponentials, so this is exact.
-    weights = (lse - lse.amax(0).clamp(min=-1e30)).exp()
-    weights = weights / weights.sum(0).clamp(min=1e-30)
-    return (out * weights[..., None]).sum(0).to(query_NHD.dtype)
-
-
-def _read(query_NHD: Tensor, kv: KV, reads: ExtentReads, is_step: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Return attention to one set of reads and its log-sum-exp: (N, H, D) and (N, H), or with a leading C."""
+        kernels.store(new, kv, view.cells)
     # A step has few queries and long extents, bound by memory; reading prompts is bound by arithmetic.
-    if is_step:
-        assert decode_attention is not None
-        bounds = reads.max_queries, reads.pieces
-        mixed: tuple[Tensor, Tensor] = decode_attention(
-            query_NHD, *kv, reads.ends, reads.first, reads.used, *bounds, scale
-        )
-        return mixed
-    return _flash(query_NHD, *kv, reads, scale)
+    read = kernels.decode if view.is_step else _flash
+    # What a text has alone, and the beginning that it shares: each is one part, or several.
+    mixed: Tensor = kernels.merge([read(query_NHD, *kv, reads, scale) for reads in view.reads], query_NHD.dtype)
+    return mixed
 
 
 def _flash(query_NHD: Tensor, keys: Tensor, values: Tensor, reads: ExtentReads, scale: float) -> tuple[Tensor, Tensor]:
-    """FlashAttention over extents: with `seqused_k`, `cum_seq_k` is no more than each extent's first cell.
+    """FlashAttention over extents, (1, N, H, D), and its log-sum-exp, (1, N, H).
 
-    torch 2.12 has this as `torch.nn.attention.varlen.varlen_attn`; before, it is this operator.
+    With `seqused_k`, `cum_seq_k` is no more than each extent's first cell. torch 2.12 has this as
+    `torch.nn.attention.varlen.varlen_attn`; before, it is this operator.
     """
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query_NHD,
@@ -203,25 +190,21 @@ def _flash(query_NHD: Tensor, keys: Tensor, values: Tensor, reads: ExtentReads, 
         scale=scale,
         seqused_k=reads.used,
     )
-    return out, lse.transpose(0, 1)
+    return out[None], lse.T.contiguous()[None]
 
 
-def has_flash(head_sizes: set[int], like: Tensor) -> bool:
-    """Return whether FlashAttention reads such keys."""
+def has_kernels(head_sizes: set[int], like: Tensor) -> bool:
+    """Return whether Triton's kernels read such keys in place."""
     return (
         like.is_cuda
-        and like.dtype in (torch.bfloat16, torch.float16)
-        and all(size <= 256 and size % 8 == 0 for size in head_sizes)
-    )
-
-
-def has_decode_kernel(head_sizes: set[int], like: Tensor) -> bool:
-    """Return whether the decode kernel reads such keys."""
-    return (
-        like.is_cuda
-        and decode_attention is not None
+        and kernels is not None
         and all(16 <= size <= 256 and size & (size - 1) == 0 for size in head_sizes)
     )
+
+
+def has_flash(like: Tensor) -> bool:
+    """Return whether FlashAttention reads keys of that dtype."""
+    return like.is_cuda and like.dtype in (torch.bfloat16, torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -24,14 +24,12 @@ from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from relook.console import progress, status
 from relook.data.encode import Placeholders
-from relook.data.images import GRID, RecentCache, image_from_bytes
+from relook.data.images import RecentCache, image_from_bytes
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, RelookError
-from relook.forward.positions import row_positions
 from relook.generate.kv_extents import MIN_SHARED
 from relook.generate.model_runner import ModelRunner, position_bytes
 from relook.generate.passes import BUCKETS
@@ -47,7 +45,7 @@ from relook.generate.request import (
 )
 from relook.generate.sampling import Sampler, uniform
 from relook.generate.scheduler import EngineCounts, Scheduler, feature_bytes
-from relook.generate.text import ImageKey, Text
+from relook.generate.text import Text
 from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
@@ -81,12 +79,9 @@ class Engine:
         self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_placeholders)
         # The end of an answer is a token for most models, and a text for templates without such a token.
         self.ends, self.stops = _endings(loaded, loaded.conversation_template(template).stop)
-        self.batch = Scheduler(
-            ModelRunner(loaded, limits.slots * self.length, (sampler.never, sampler.not_first)),
-            limits.slots,
-            self._image_inputs,
-            RecentCache(int(limits.image_gb * 1e9), feature_bytes),
-        )
+        # Nothing down there refers to the engine, so its memory is free as soon as nobody has it, not at a collection.
+        runner = ModelRunner(loaded, limits.slots * self.length, (sampler.never, sampler.not_first))
+        self.batch = Scheduler(runner, limits.slots, RecentCache(int(limits.image_gb * 1e9), feature_bytes))
         self._active: dict[Text, ActiveRequest] = {}  # requests whose text is in the scheduler
         self._token_bytes = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
         self._images: RecentCache[ProcessedImage] = RecentCache(IMAGE_BYTES, lambda image: image.nbytes)
@@ -320,17 +315,10 @@ class Engine:
             request.top_p,
             uniform(request.seed, 0, active.max_new_tokens) if request.temperature else None,
             request.top if request.logprobs else -1,
-            positions=row_positions(
-                self.loaded.core.config, request.ids, [image.inputs.get(GRID) for image in request.images]
-            ),
+            {image.key: image.inputs for image in request.images},
         )
         self._active[text] = active
         self.batch.waiting.append(text)
-
-    def _image_inputs(self, key: ImageKey) -> dict[str, Tensor]:
-        """Return the image processor's outputs of an image that a request in the scheduler shows."""
-        images = (image for active in self._active.values() for image in active.request.images)
-        return next(image.inputs for image in images if image.key == key)
 
 
 def slot_length(loaded: LoadedModel, limits: EngineLimits) -> int:

@@ -5,19 +5,19 @@ Packed trees must give what separate rows give, and the engine must write what `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from relook.data.images import GRID, RecentCache
+from relook.data.images import RecentCache
 from relook.data.packing import Tree
 from relook.data.templates import IMAGE, TemplatePiece
 from relook.errors import CheckpointError
 from relook.forward.collate import build_live_batch
 from relook.forward.policy import Policy
-from relook.forward.positions import row_positions
 from relook.generate.model_runner import ModelRunner
 from relook.generate.scheduler import Scheduler, feature_bytes
 from relook.generate.text import Text
@@ -70,16 +70,11 @@ def _difference(loaded: LoadedModel, picture: Image.Image) -> float:
     policy = Policy(core, core.dtype, trunk_pass="dense")
     batch = build_live_batch(policy, loaded.images, loaded.pad_id, [(tree, [picture])])
     ours = policy(batch.to(core.device))
-    images = {
-        name: value.to(core.device, core.dtype) if value.is_floating_point() else value.to(core.device)
-        for name, value in loaded.images.batch([picture]).items()
-    }
     theirs: list[Tensor] = []
     for branch in tree.branches:
-        ids = torch.tensor([[*tree.prefix, *branch.ids]], device=core.device)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **loaded.token_types(ids)}
-        log_probs = core(**inputs, **images).logits[0].float().log_softmax(-1)
-        targets = ids[0, len(tree.prefix) :]
+        inputs = _arguments(loaded, (*tree.prefix, *branch.ids), picture)
+        log_probs = core(**inputs).logits[0].float().log_softmax(-1)
+        targets = inputs["input_ids"][0, len(tree.prefix) :]
         theirs.append(log_probs[len(tree.prefix) - 1 : -1].gather(-1, targets[:, None])[:, 0])
     return float((ours - torch.cat(theirs)).abs().max())
 
@@ -91,18 +86,22 @@ def _answers_alike(loaded: LoadedModel, picture: Image.Image) -> bool:
     inputs = loaded.images.inputs(picture)
     ids = encoder.row([TemplatePiece(f"Look: {IMAGE} What is it?")], encoder.positions([picture])).ids
     runner = ModelRunner(loaded, len(ids) + TOKENS, compiled=False)
-    scheduler = Scheduler(runner, 1, lambda _: inputs, RecentCache(1 << 30, feature_bytes))
-    text = Text(ids, (0,), TOKENS, lambda *_: False)
-    text.positions = row_positions(core.config, ids, [inputs.get(GRID)])
+    scheduler = Scheduler(runner, 1, RecentCache(1 << 30, feature_bytes))
+    text = Text(ids, (0,), TOKENS, lambda *_: False, image_inputs={0: inputs})
     scheduler.waiting.append(text)
     while scheduler.busy:
         scheduler.step()
-    row = torch.tensor([ids], device=core.device)
-    inputs_of_row = {"input_ids": row, "attention_mask": torch.ones_like(row), **loaded.token_types(row)}
-    inputs_of_row |= {
-        name: value.to(core.device, core.dtype) if value.is_floating_point() else value.to(core.device)
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    arguments = _arguments(loaded, ids, picture)
+    expected = core.generate(**arguments, **greedy, eos_token_id=None)[0, len(ids) :].tolist()
+    return bool(text.tokens == expected or (core.dtype != torch.float32 and text.tokens[:1] == expected[:1]))
+
+
+def _arguments(loaded: LoadedModel, ids: Sequence[int], picture: Image.Image) -> dict[str, Tensor]:
+    """Return the arguments of transformers' own forward pass over one row."""
+    core, row = loaded.core, torch.tensor([ids], device=loaded.core.device)
+    images = {
+        name: value.to(core.device, core.dtype if value.is_floating_point() else value.dtype)
         for name, value in loaded.images.batch([picture]).items()
     }
-    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
-    expected = core.generate(**inputs_of_row, **greedy, eos_token_id=None)[0, len(ids) :].tolist()
-    return bool(text.tokens == expected or (core.dtype != torch.float32 and text.tokens[:1] == expected[:1]))
+    return {"input_ids": row, "attention_mask": torch.ones_like(row), **loaded.token_types(row), **images}

@@ -29,11 +29,12 @@ from relook.generate.attention import (
     PassView,
     PoolShape,
     attend,
-    has_decode_kernel,
+    current,
     has_flash,
+    has_kernels,
     without_cudnn_attention,
 )
-from relook.generate.dense_attention import KV, DenseReads
+from relook.generate.dense_attention import DenseReads
 from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
 from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
@@ -41,31 +42,26 @@ from relook.model.families import image_features, language_model, position_rows,
 from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
-LAYER_VARIANTS = 64  # that dynamo may compile of a layer's code
+LAYER_VARIANTS = 64  # that dynamo may compile of layers' code: two for each kind of layer of each model
 CELLS_MULTIPLE = 8192  # of a pool that a GPU keeps for the next questions
 POOL_SHARE = 0.7  # of a GPU's free memory; the rest is for the vision tower and for the states of a pass
 PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # Llama's layers, and those like them
 
 
-def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -> Tensor:
+def run_layer(layer: Any, hidden: Tensor, angles: Any) -> Tensor:
     """Run one of transformers' decoder layers over flat positions, (1, N, D)."""
-    output = layer(hidden, attention_mask=None, position_embeddings=angles, use_cache=False, kv=kv, view=view)
+    output = layer(hidden, attention_mask=None, position_embeddings=angles, use_cache=False)
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
-def _run_last_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView, selected: Tensor) -> Tensor:
+def _run_last_layer(layer: Any, hidden: Tensor, angles: Any, selected: Tensor) -> Tensor:
     """Run a decoder layer whose output is read at some positions only, (1, T, D): the others need no MLP."""
     normed = layer.input_layernorm(hidden)
-    mixed = layer.self_attn(normed, attention_mask=None, position_embeddings=angles, kv=kv, view=view)[0]
+    mixed = layer.self_attn(normed, attention_mask=None, position_embeddings=angles)[0]
     states: Tensor = hidden[:, selected] + mixed[:, selected]
     output: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
     return output
-
-
-def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -> Tensor:
-    """`run_layer` under a code object of its own, so that its compiled variants are counted apart."""
-    return run_layer(layer, hidden, angles, kv, view)
 
 
 def _with_pool_attention(layers: Sequence[Any]) -> list[Any]:
@@ -128,22 +124,19 @@ class ModelRunner:
         head_sizes = {shape.head_size for shape in shapes.values()}
         self.banned_ids, self.requested_cells = banned, cells
         self.banned = [torch.tensor(list(ids), dtype=torch.long, device=self.device) for ids in banned]
-        self.flash = has_flash(head_sizes, like) and not self.sees_ahead
-        self.has_kernel = has_decode_kernel(head_sizes, like)
+        self.has_kernel = has_kernels(head_sizes, like)
+        self.flash = self.has_kernel and has_flash(like) and not self.sees_ahead
         self.compiled = compiled and self.has_kernel
         self._open: StepState | None = None  # whose keys and values are not in the pool yet
-        # Steps are compiled for one row and for any number; reading, whose lengths always differ, once for any.
-        self._step_layer = self._read_layer = run_layer
+        self._run_layer = run_layer
         if self.compiled:
             # On disk, so that the next run finds what this one compiled.
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "relook" / "compiled"))
             share_projections(self.language_model.layers)
-            # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
             torch._dynamo.config.recompile_limit = max(LAYER_VARIANTS, torch._dynamo.config.recompile_limit)
-            self._step_layer = torch.compile(run_layer, fullgraph=True)
-            if self.flash:
-                self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
+            # Compiled twice: for a single position, and for any number of them.
+            self._run_layer = torch.compile(run_layer, fullgraph=True, dynamic=True)
         self.layers = _with_pool_attention(self.language_model.layers)
         self._compiling: float | None = None  # when the first compilation began
         self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
@@ -241,7 +234,7 @@ class ModelRunner:
         try:
             states = self._read_prompts(batch)
         except Exception as error:
-            if self._read_layer is run_layer:
+            if self._run_layer is run_layer:
                 raise
             self._fall_back(error)
             states = self._read_prompts(batch)
@@ -337,7 +330,7 @@ class ModelRunner:
     def _fall_back(self, error: Exception) -> None:
         """Go on without compiled layers and graphs, and say so, once: nothing is tried again."""
         self.compiled, self._graphs = False, {}
-        self._step_layer = self._read_layer = run_layer
+        self._run_layer = run_layer
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         status(f"This model cannot be compiled ({reason}); it answers without, several times slower.", style="yellow")
 
@@ -355,7 +348,6 @@ class ModelRunner:
             deep: what is added to the states after each of the first layers, (N, D).
         """
         model = self.language_model
-        run = self._step_layer if view.is_step else self._read_layer
         hidden = embeds_ND[None]
         if self.has_mrope:  # (N,) or (3, N): of text, the numbers of time, row and column are one
             positions_N = positions_N.expand(3, -1)
@@ -366,16 +358,18 @@ class ModelRunner:
             )
             for kind in dict.fromkeys(self.layer_kinds)
         }
+        current.view = view
         *layers, last = zip(self.layers, self.pool.layers, (angles[kind] for kind in self.layer_kinds), strict=True)
-        for (layer, kv, turned), added in itertools.zip_longest(layers, deep):
-            hidden = run(layer, hidden, turned, kv, view)
+        for (layer, current.kv, turned), added in itertools.zip_longest(layers, deep):
+            hidden = self._run_layer(layer, hidden, turned)
             hidden = hidden if added is None else hidden + added
         # Of a prompt the last layer's keys and values are needed everywhere, its output only where a token is chosen.
-        if selected is None or {name for name, _ in last[0].named_children()} != PRE_NORM:
-            hidden = run(last[0], hidden, last[2], last[1], view)
+        layer, current.kv, turned = last
+        if selected is None or {name for name, _ in layer.named_children()} != PRE_NORM:
+            hidden = self._run_layer(layer, hidden, turned)
             hidden = hidden if selected is None else hidden[:, selected]
         else:
-            hidden = _run_last_layer(last[0], hidden, last[2], last[1], view, selected)
+            hidden = _run_last_layer(layer, hidden, turned, selected)
         normed: Tensor = model.norm(hidden)[0]
         return normed
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relook.data.images import RecentCache
+from relook.data.images import GRID, RecentCache
+from relook.forward.positions import row_positions
 from relook.generate.dense_attention import DenseReads
 from relook.generate.kv_extents import KVExtents
 from relook.generate.model_runner import ModelRunner
@@ -57,7 +58,6 @@ class Scheduler:
 
     Args:
         max_rows: number of texts that grow at the same time.
-        image_inputs: returns the image processor's outputs for an image key.
         features: cache of image features by key.
         chunk: positions that are read between two steps of growing texts, which wait for them.
         keeps_answers: whether prompts may continue an answer, so that whole texts stay in the pool.
@@ -67,13 +67,12 @@ class Scheduler:
         self,
         runner: ModelRunner,
         max_rows: int,
-        image_inputs: Callable[[ImageKey], dict[str, Tensor]],
         features: RecentCache[ImageFeatures],
         chunk: int = CHUNK_POSITIONS,
         keeps_answers: bool = True,
     ) -> None:
         self.runner, self.max_rows, self.chunk = runner, max_rows, chunk
-        self.image_inputs, self.features = image_inputs, features
+        self.features = features
         self.image_token: int = runner.core.config.image_token_id
         self.extents = KVExtents(runner, keeps_answers)
         self.layout = PassLayout(runner)
@@ -211,6 +210,8 @@ class Scheduler:
                     text.fail()
                     raise MemoryError(f"{len(text.ids) + text.max_new_tokens} positions do not fit into the pool.")
                 return
+            grids = [text.image_inputs[key].get(GRID) for key in text.images]
+            text.positions = row_positions(self.runner.core.config, text.ids, grids)
             self.counts.prompt_tokens += len(text.ids)
             self.counts.reused_tokens += text.reused
             self.reading.append(self.waiting.popleft())
@@ -229,20 +230,21 @@ class Scheduler:
         if self.runner.image_pool is None:
             return {}
         try:
-            return self._encode([key for text in texts for key in text.images])
+            return self._encode(texts)
         except Exception:
             for text in texts:
                 self.waiting.remove(text)
                 text.fail()
             raise
 
-    def _encode(self, images: Sequence[ImageKey]) -> dict[ImageKey, ImageFeatures]:
-        """Return features by image; those that are not cached go through the vision tower in one batch."""
-        features = {key: cached for key in dict.fromkeys(images) if (cached := self.features.get(key)) is not None}
-        # Several questions of a batch may show one picture: encode it once.
-        missing = [key for key in dict.fromkeys(images) if key not in features]
+    def _encode(self, texts: Sequence[Text]) -> dict[ImageKey, ImageFeatures]:
+        """Return features of the texts' images; those that are not cached go through the vision tower in one batch."""
+        # Several texts may show one picture: encode it once.
+        inputs = {key: text.image_inputs[key] for text in texts for key in text.images}
+        features = {key: cached for key in inputs if (cached := self.features.get(key)) is not None}
+        missing = [key for key in inputs if key not in features]
         if missing:
-            encoded = self.runner.encode_images([self.image_inputs(key) for key in missing])
+            encoded = self.runner.encode_images([inputs[key] for key in missing])
             for key, new in zip(missing, encoded, strict=True):
                 features[key] = new
                 self.features.put(key, new)
@@ -257,9 +259,9 @@ class Scheduler:
         if not chunks:
             return
         finished = [text for text, _, end in chunks if end == len(text.ids)]
-        images = [key for text, start, end in chunks if self.image_token in text.ids[start:end] for key in text.images]
+        shown = [text for text, start, end in chunks if self.image_token in text.ids[start:end]]
         try:
-            tokens, logprobs = self.runner.prefill(self.layout.prefill(chunks, finished, self._encode(images)))
+            tokens, logprobs = self.runner.prefill(self.layout.prefill(chunks, finished, self._encode(shown)))
         except Exception:
             for text, start, _ in chunks:
                 text.read = text.extent.filled = start
@@ -273,7 +275,7 @@ class Scheduler:
         # Their first tokens are appended behind the rows of the running step; the next layout gathers both.
         rows = sum(map(len, self._first_tokens)) + (0 if self._state is None else self._state.rows)
         for index, text in enumerate(finished):
-            text.row, text.launched = rows + index, 1
+            text.row, text.launched, text.image_inputs = rows + index, 1, {}
             self.reading.remove(text)
         self._first_tokens.append(tokens)
         self._unread.append(_Unread(self._turn, finished, _read_later(tokens, logprobs)))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from relook.generate.sampling import TokenLogprobs
 
 ImageKey = Hashable  # identifies an image, and with it the image's features
+ImageInputs = dict[str, Tensor]  # outputs of the image processor for one image (`ImageLoader.inputs`)
 ImageFeatures = tuple[Tensor, Tensor | None]  # projected (P, D), and what the post decoder reads, (M, V)
 
 
@@ -56,9 +57,9 @@ class Text:
         temperature, top_k, top_p: of sampling; temperature 0 takes the most likely token.
         draws: (max_new_tokens,) uniform numbers in [0, 1) for sampling.
         top: number of likeliest tokens to report with each token and its log-probability; -1 reports neither.
+        image_inputs: by image; needed until the prompt is read.
         max_shared: positions at most that are shared with another text, for a caller that knows what a whole group has
             in common; the group then reads it in one go.
-        positions: (3, prompt) position numbers in a model with M-RoPE; None where they count the tokens.
     """
 
     ids: tuple[int, ...]
@@ -70,8 +71,10 @@ class Text:
     top_p: float = 1.0
     draws: Tensor | None = None
     top: int = -1
+    image_inputs: Mapping[Any, ImageInputs] = field(default_factory=dict)
     max_shared: int | None = None
-    positions: Tensor | None = None
+    # (3, prompt) position numbers in a model with M-RoPE, set when the text is admitted; None where they count tokens.
+    positions: Tensor | None = field(default=None, init=False)
     extent: Extent = field(init=False)  # set when the text is admitted
     reused: int = field(default=0, init=False)  # positions of the prompt that were in the pool already
     read: int = field(default=0, init=False)  # positions of the prompt whose reading is launched

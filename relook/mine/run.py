@@ -31,7 +31,7 @@ from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import library_versions
 from relook.evaluate.tasks.chair import Vocabulary, coco_vocabulary
 from relook.files import claim_output_dir, read_json, read_json_object, read_text, text_hash, write_json, writes_alone
-from relook.generate.answering import Answerer, AnswerSource, GenerationSettings
+from relook.generate.answering import ONLY_OWN_ENGINE, Answerer, AnswerSource, GenerationSettings
 from relook.mine import candidates, output, pairs, sentences
 from relook.mine.candidates import DescriptionPairs, ProbeQuestion, describe_images, find_pairs
 from relook.mine.jobs import MiningSettings, MiningSource, fingerprint_all, generate_all
@@ -182,6 +182,8 @@ def _check_settings(
             "Only whole descriptions that annotations check can be made worse.",
             "Leave --contrast out, or give --annotations and --by description.",
         )
+    if settings.by_sentence and not isinstance(loading, LoadOptions):
+        raise RecipeError(*ONLY_OWN_ENGINE)
     if out.resolve().is_relative_to(source.images.resolve()):
         raise RecipeError(f"{out} lies in the image folder.", "Choose another --out.")
     if settings.parquet:

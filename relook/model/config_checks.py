@@ -18,6 +18,7 @@ from relook.data.images import ImageLoader
 from relook.data.templates import image_mark
 from relook.errors import CheckpointError, preview
 from relook.files import read_json_object
+from relook.model.families import family_of
 
 # Largest values of a config: more than any model has, but still within what a machine can address.
 SIZES = {
@@ -88,6 +89,18 @@ def refuse_unsupported(label: str, config: Any) -> None:
             f"{label} is a {config.model_type} over an encoder-decoder, {text.model_type}: answers do not share the "
             "positions of a prompt there, so trees and packed rows do not apply.",
             "Take a model over a decoder.",
+        )
+    if getattr(text, "use_bidirectional_attention", None) is True:
+        raise CheckpointError(
+            f"{label} is a {config.model_type}, whose whole prompts see both ways: questions on an image would not "
+            "share what is computed of it.",
+            "Take a model over a causal language model.",
+        )
+    if not family_of(config).model._supports_sdpa:
+        raise CheckpointError(
+            f"{label} is a {config.model_type}, whose layers do not take SDPA in transformers: relook's masks of "
+            "packed rows go through it.",
+            "Take another model; docs/trunks.md lists the tested ones.",
         )
     if unsupported:
         why = (

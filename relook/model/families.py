@@ -27,9 +27,14 @@ from relook.model.modeling_relook import PostDecoderConfig, reads_tower
 
 Size = tuple[int, int]  # height, width
 RELOOK = "relook_"  # begins the model_type of a config with a post decoder
-TOWERS = ("vision_tower", "visual", "vision_model")
+# Parts of a base model by the names that families give them: those of transformers' `get_encoder` and `get_decoder`.
+# Nothing in transformers says which part lies between the two.
+TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
 LANGUAGE_MODELS = ("language_model", "text_model")
-CONNECTORS = ("multi_modal_projector", "visual.merger", "connector")
+CONNECTORS = (
+    *("multi_modal_projector", "visual.merger", "connector", "aligner", "projector", "vision_projection"),
+    "visual_embeddings_table",
+)
 
 
 @dataclass(frozen=True)
@@ -191,13 +196,15 @@ def has_post_decoder(config: Any) -> bool:
     return isinstance(config, PostDecoderConfig)
 
 
-def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
-    """Return the config of the same model with a post decoder of these settings."""
+def with_post_decoder(config: Any, settings: dict[str, Any] | None) -> Any:
+    """Return the config of the same model with a post decoder of these settings, or without one for None."""
     # The new class names itself; these two keys would contradict it.
-    values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
-    return find_family(RELOOK + config.model_type.removeprefix(RELOOK)).relook_config(
-        **{**values, "post_decoder": settings}
-    )
+    own = ("model_type", "architectures", "post_decoder")
+    values = {key: value for key, value in config.to_dict().items() if key not in own}
+    plain_type = config.model_type.removeprefix(RELOOK)
+    if settings is None:
+        return find_family(plain_type).config(**values)
+    return find_family(RELOOK + plain_type).relook_config(**values, post_decoder=settings)
 
 
 def patches_per_feature(config: Any) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import is_torchvision_available
 
@@ -312,15 +314,41 @@ def open_folder(
         raise CheckpointError(f"{path} has a vision tower of its own.", "Leave vision_tower out.")
     family = find_family(raw["model_type"])
     config_class = family.relook_config if kind == "relook" else family.config
-    tensors = _renamed(read_tensor_folder(path), FROM_HF) if weights else {}
+    tensors = {n: t for n, t in read_tensor_folder(path).items() if not COMPUTED.search(n)} if weights else {}
     # A copy: the folder's parsed config is shared and stays as it is on disk.
     # Older folders have the language model's settings at the top.
     text_config = {"text_config": _build_checked(path, one_rope, raw["text_config"])} if "text_config" in raw else {}
     raw = raw | text_config if text_config else _build_checked(path, one_rope, raw)
     config = _build_checked(path, config_class.from_dict, plain_config(raw))
-    refuse_unsupported(str(path), config)
-    check_config(str(path), config)
-    return LazyModel(path, kind, config, tensors, _build_checked(path, config_template, raw))
+    for check in (refuse_unsupported, check_config):
+        _build_checked(path, check, str(path), config)
+    model = LazyModel(path, kind, config, tensors, _build_checked(path, config_template, raw))
+    return replace(model, tensors=_published_names(model)) if weights else model
+
+
+def _published_names(model: LazyModel) -> dict[str, LazyTensor]:
+    """Return the tensors of a folder under the names of transformers' module tree, from those that it reads.
+
+    Raises:
+        CheckpointError: a family whose tensors transformers also cuts or merges.
+    """
+    expected = _build_checked(model.path, _shapes_of, model.model_class, model.config)
+    names = {name: rename(name, FROM_HF) for name in model.tensors}
+    if strange := [name for name, renamed in names.items() if renamed not in expected]:
+        with torch.device("meta"):
+            conversions = get_model_conversion_mapping(model.model_class(model.config))
+        renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+        others = [conversion for conversion in conversions if not isinstance(conversion, WeightRenaming)]
+        for name in strange:
+            renamed, converted = rename_source_key(name, renamings, others)
+            if converted is not None:
+                raise CheckpointError(
+                    f"{model.path} has {name}, which transformers does not load as it is.",
+                    "Let it write its own tensors: AutoModelForImageTextToText.from_pretrained(FOLDER)."
+                    "save_pretrained(NEW_FOLDER, save_original_format=False), and copy the processor's files.",
+                )
+            names[name] = renamed if renamed in expected else names[name]
+    return {names[name]: tensor for name, tensor in model.tensors.items()}
 
 
 def _build_checked(path: Path | str, make: Callable[..., Any], *arguments: Any) -> Any:
@@ -329,6 +357,9 @@ def _build_checked(path: Path | str, make: Callable[..., Any], *arguments: Any) 
         return make(*arguments)
     except CheckpointError:
         raise
+    except ImportError as error:  # such as timm, for the towers of some families
+        needs = " ".join(str(error).split())
+        raise CheckpointError(f"{path} cannot be loaded here: {needs[:200]}", "Install what it names.") from None
     except Exception as error:  # a library may raise anything on values it was never meant to get
         reason = f"unknown value {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise CheckpointError(f"The config of {path} is not valid: {reason}.", "Download it again.") from None

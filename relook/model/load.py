@@ -43,6 +43,7 @@ from relook.model.families import (
 )
 from relook.model.lazy_model import LazyModel, open_folder
 from relook.model.tokenizer import UNFINISHED, decode_bytes
+from relook.model.tower_attention import batch_segments
 
 # ----------------------------------------------------------------------------------------------------
 # The layers above the trunk by themselves: post decoder and lm_head. Runs on cached hidden states need nothing else.
@@ -156,7 +157,10 @@ class PlaceholderCounter:
         if not hasattr(self.processor, "_get_num_multimodal_tokens"):
             return None
         written = [self._written(size) for size in SIZES]
-        counts = self.processor._get_num_multimodal_tokens(image_sizes=SIZES)["num_image_tokens"]
+        try:
+            counts = self.processor._get_num_multimodal_tokens(image_sizes=SIZES)["num_image_tokens"]
+        except Exception:  # of the processor's own, as in Aria's; it writes all the same
+            return None
         same: set[Any] = {
             (w[0], count - w[1], w[2]) if len(w) == 3 else None for w, count in zip(written, counts, strict=True)
         }
@@ -211,6 +215,7 @@ class LoadedModel:
         self.images = ImageLoader(image_processor, self.aspect_ratio, counter if count is None else count(self.core))
         # A processor may return more than the model takes, such as numbers of tiles.
         self.images.input_names = inspect.signature(self.core.forward).parameters.keys()
+        batch_segments(self.core.model)
 
     @property
     def core(self) -> Any:
@@ -549,15 +554,7 @@ def add_post_decoder(
         generator: random numbers for the initial weights; None uses torch's global generator.
         init: "random", or "projector" to start the alignment from the projector's weights where the shapes agree.
     """
-    # Build the new model without memory, then hang the old one's parts into it; only the post decoder is new.
-    config = with_post_decoder(model.config, settings)
-    with torch.device("meta"):
-        new: Any = family_of(config).relook_model(config)
-    # LLaVA-NeXT's base model has a parameter of its own, image_newline.
-    for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
-        setattr(new.model, name, part)
-    new.lm_head = model.lm_head
-    new.generation_config = model.generation_config
+    new = _with_parts(model, settings)
     decoder = new.model.post_decoder.to_empty(device=model.lm_head.weight.device).to(model.dtype)
     decoder.reset_parameters(generator)
     if init == "projector" and not decoder.start_from_projector(connector(model.model)):
@@ -570,19 +567,22 @@ def add_post_decoder(
 
 def without_post_decoder(model: Any) -> Any:
     """Return the same model without its post decoder, sharing all weights."""
-    # Leave out the post decoder's settings, and the two keys that name the class.
-    family = family_of(model.config)
-    values = {
-        k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "post_decoder")
-    }
-    with torch.device("meta"):
-        plain: Any = family.model(family.config(**values))
+    return _with_parts(model, None).eval()
+
+
+def _with_parts(model: Any, settings: dict[str, Any] | None) -> Any:
+    """Build a model with a post decoder of these settings, or without one, and hang another's parts into it."""
+    config = with_post_decoder(model.config, settings)
+    family = family_of(config)
+    with torch.device("meta"):  # without memory
+        new: Any = (family.model if settings is None else family.relook_model)(config)
+    # LLaVA-NeXT's base model has a parameter of its own, image_newline.
     for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
         if name != "post_decoder":
-            setattr(plain.model, name, part)
-    plain.lm_head = model.lm_head
-    plain.generation_config = model.generation_config
-    return plain.eval()
+            setattr(new.model, name, part)
+    new.lm_head = model.lm_head
+    new.generation_config = model.generation_config
+    return new
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -48,17 +48,6 @@ def reads_tower(config: Any) -> bool:
     return config.model_type.removeprefix("relook_") in LLAVA if features == "auto" else bool(features == "tower")
 
 
-def selected_features(config: Any, hidden_states: Any) -> Tensor:
-    """Return the pre-projector vision features (rows, P, V) of the selected layers.
-
-    The "default" select strategy drops the class token; any other keeps it. Several layers are concatenated along V.
-    """
-    # hidden_states[i] is (rows, 1 + patches, width) after layer i; the class token comes first.
-    layers = config.vision_feature_layer
-    start = 1 if config.vision_feature_select_strategy == "default" else 0
-    return torch.cat([hidden_states[i][:, start:] for i in (layers if isinstance(layers, list) else [layers])], dim=-1)
-
-
 def vision_features(config: Any, image: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Return what a post decoder attends to, (M, V) per image (see `reads_tower`).
 
@@ -71,6 +60,9 @@ def vision_features(config: Any, image: Any, inputs: Mapping[str, Any]) -> list[
 def tower_states(config: Any, image: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Return the vision tower's states before projector or merger, (M, V) per image.
 
+    In LLaVA they are those of the selected layers, concatenated along V; the "default" select strategy drops the class
+    token.
+
     Args:
         config: the model's config.
         image: outputs of `get_image_features`.
@@ -79,7 +71,11 @@ def tower_states(config: Any, image: Any, inputs: Mapping[str, Any]) -> list[Ten
     """
     if not hasattr(config, "vision_feature_layer"):
         return list(image.last_hidden_state.split(inputs["image_grid_thw"].prod(-1).tolist()))
-    features_RPV, image_sizes = selected_features(config, image.hidden_states), inputs.get("image_sizes")
+    # hidden_states[i] is (rows, 1 + patches, width) after layer i; the class token comes first.
+    layers, image_sizes = config.vision_feature_layer, inputs.get("image_sizes")
+    start = 1 if config.vision_feature_select_strategy == "default" else 0
+    layers = layers if isinstance(layers, list) else [layers]
+    features_RPV = torch.cat([image.hidden_states[i][:, start:] for i in layers], dim=-1)
     if image_sizes is None or not hasattr(config, "image_grid_pinpoints"):
         return list(features_RPV)  # each row is an image
     # Each row is a tile, and an image's size (height, width) decides its tile count.

@@ -56,10 +56,12 @@ def _title(result: Mapping[str, Any]) -> str:
 def _finding(line: Mapping[str, Any]) -> str:
     """Say what a round changed against the one before, at the recall that both reach."""
     paired = line["against_last"]
+    before = f"round {line['round'] - 1}" if line["round"] > 1 else f"the {BASE}"
+    first, second = (decimal(rate, 100) for rate in paired["chair_i"])
     return (
-        f"Round {line['round']}, {line['pairs']:,} pairs: CHAIR_i at recall {decimal(paired['recall'], 100)} % "
-        f"{decimal(paired['chair_i'][0], 100)} % before, {decimal(paired['chair_i'][1], 100)} % after "
-        f"({change(paired)} points, {verdict(paired, -1)})."
+        f"Round {line['round']} ({line['pairs']:,} pairs) against {before}, where both have a recall of "
+        f"{decimal(paired['recall'], 100)} %: CHAIR_i goes from {first} % to {second} %, {change(paired)} points "
+        f"({verdict(paired, -1)})."
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relook import distributed
 from relook.data.packing import Targets
 from relook.recipe import LENGTH_NORMALISED, REFERENCE_FREE, Recipe
 
@@ -139,6 +140,32 @@ def apo_down(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tenso
     return torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(-beta * (chosen_ratio - rejected_ratio))
 
 
+def kto(
+    ratio: Tensor,
+    baseline: Tensor,
+    desirable: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Compute Kahneman-Tversky optimisation (KTO) of rated answers, eq. 8 of Ethayarajh et al. 2024 (arXiv:2402.01306).
+
+    Args:
+        ratio: log pi(y|x) - log pi_ref(y|x) of each answer, (answers,).
+        baseline: the paper's z_0, shape (): the mean ratio of answers to other prompts, at least 0, without gradient.
+        desirable: whether an answer is good, (answers,) bool.
+        beta: as for `dpo_sigmoid`.
+        desirable_weight, undesirable_weight: the paper's lambda_D and lambda_U.
+
+    Returns:
+        lambda_D * (1 - sigmoid(beta * (ratio - baseline))) of good answers, and
+        lambda_U * (1 - sigmoid(beta * (baseline - ratio))) of others, (answers,).
+    """
+    sign, weight = torch.where(desirable, 1.0, -1.0), torch.where(desirable, desirable_weight, undesirable_weight)
+    # 1 - sigmoid(x) = sigmoid(-x) keeps precision where sigmoid(x) is close to 1.
+    return weight * torch.sigmoid(-beta * sign * (ratio - baseline))
+
+
 def simpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
     """Compute SimPO, eq. 6 of Meng et al. 2024 (arXiv:2405.14734): no reference; rewards are means over tokens.
 
@@ -239,6 +266,7 @@ REFERENCE_FREE_METRICS = (
     *("policy_logps/chosen", "policy_logps/rejected", "nll"),
 )
 METRICS = (*REFERENCE_FREE_METRICS[:-1], "reference_logps/chosen", "reference_logps/rejected", "nll")
+KTO_METRICS = ("rewards/margins", "rewards/accuracies", "kl")
 MDPO_METRICS = ("rewards/corrupted", "rewards/corrupted_accuracies")  # added by mDPO's conditional term
 
 PAIR_LOSSES = {
@@ -264,6 +292,8 @@ def metric_names(recipe: Recipe) -> list[str]:
     """Return the names of the fields that an evaluation of the recipe's loss logs, in their order."""
     if recipe.task == "sft":
         return ["loss"]
+    if recipe.rates_answers:
+        return ["loss", *KTO_METRICS]
     # Where only some of several losses have a reference, the longer list has its fields.
     names = ["loss", *max((PAIR_LOSSES[name].metrics for name in recipe.loss_weights), key=len)]
     if recipe.mdpo_conditional_weight:
@@ -289,6 +319,8 @@ def batch_loss(recipe: Recipe, log_probs: Tensor, inputs: Mapping[str, Any]) -> 
     if recipe.task == "sft":
         return share * negative_log_likelihood(log_probs), {}
     targets = targets_of(inputs["batch"])
+    if recipe.rates_answers:
+        return rated_loss(recipe, log_probs, targets, inputs["reference"], inputs["desirable"])
     return preference_loss(recipe, log_probs, targets, inputs.get("reference"), inputs["weight"], share)
 
 
@@ -376,6 +408,27 @@ def preference_loss(
             fields |= _side_means("reference_logps", reference_sums, pairs)
         fields["nll"] = nll
     return loss, fields
+
+
+def rated_loss(
+    recipe: Recipe, log_probs: Tensor, targets: Targets, reference: Tensor, desirable: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute KTO's loss over rated answers, shape (), and the logged fields, each of shape ().
+
+    A tree's branches are an answer, then another prompt's answer, for the baseline.
+
+    Args:
+        log_probs, targets, reference: as for `preference_loss`.
+        desirable: labels of the answers, (answers,) bool.
+    """
+    ratio, mismatched = _sides(targets.sum_by_branch(log_probs - reference), len(desirable))
+    baseline = distributed.mean(mismatched.detach().mean()).clamp(min=0)
+    weights = recipe.desirable_weight, recipe.undesirable_weight
+    loss = recipe.dpo_weight * kto(ratio, baseline, desirable, recipe.beta, *weights).mean()
+    with torch.no_grad():
+        margins = torch.where(desirable, 1.0, -1.0) * recipe.beta * (ratio - baseline)
+        values = margins.mean(), (margins > 0).float().mean(), baseline
+    return loss, dict(zip(KTO_METRICS, values, strict=True))
 
 
 def _reward_metrics(rewards: Tensor, pairs: int) -> dict[str, Tensor]:

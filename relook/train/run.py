@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME, is_torch_tf32_available
 from relook import distributed
 from relook.console import progress, status
 from relook.data.encode import Example
-from relook.data.readers import read_hadpo, read_llava, read_pairs, read_sentinel
+from relook.data.readers import rated_answers, read_hadpo, read_llava, read_pairs, read_sentinel
 from relook.data.samples import Conversation, PreferencePair, ReadReport
 from relook.data.templates import check_template
 from relook.errors import DataError, Faults, RecipeError, preview
@@ -397,7 +397,21 @@ def check_schedule(arguments: TrainingArguments, samples: int) -> None:
 
 
 def read_samples(recipe: Recipe) -> Samples:
-    """Read the samples of the recipe's data files, and report what the reader left out."""
+    """Read the samples of the recipe's data files, and report what the reader left out.
+
+    Raises:
+        RecipeError: the file has rated answers, and the loss compares pairs.
+    """
+    samples, report = _read_files(recipe)
+    if recipe.rates_answers:
+        samples = rated_answers(samples)
+        return samples, replace(report, used=len(samples))
+    if recipe.task == "dpo" and any(sample.desirable is not None for sample in samples):
+        raise RecipeError(f"{recipe.pairs_path} has rated answers, not pairs.", "Set loss_type kto.")
+    return samples, report
+
+
+def _read_files(recipe: Recipe) -> tuple[Sequence[Any], ReadReport]:
     if recipe.sentinel_pairs:
         return read_sentinel(Path(recipe.pairs_path), Path(recipe.vg_path), recipe.on_bad)
     if recipe.pairs_path:

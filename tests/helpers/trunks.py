@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from relook import LoadedModel
+from relook.forward.collate import Item
 
 PATCH = 4
 SIDE = 16  # of a tile, in pixels
@@ -115,6 +119,8 @@ SPLIT = {"size": {"longest_edge": 4 * SIDE}, "max_image_size": {"longest_edge": 
 TILES = SQUARE | {"crop_to_patches": True, "min_patches": 1, "max_patches": 4}
 PIXELS = {"patch_size": PATCH, "merge_size": 2, "size": {"shortest_edge": 4 * 64, "longest_edge": 64 * 64}}
 ROWS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5))
+RESAMPLER = {"resampler_depth": 1, "resampler_n_heads": 2, "num_key_value_heads": 1}
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 IDEFICS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *ROWS)
 
 
@@ -256,16 +262,7 @@ KINDS = {
         },
         end="<end_of_turn>",
     ),
-    # Not in the table: families that nobody named.
-    "idefics3": Kind(
-        *("Idefics3", "idefics3.Idefics3", SPLIT, SMOLVLM),
-        ids={"image_token_id": "<image>"},
-        text={"model_type": "llama"},
-        config={"scale_factor": 2},
-        processor={"image_seq_len": 4},
-        tokens=IDEFICS,
-        end="<end_of_utterance>",
-    ),
+    # Families that relook names nowhere.
     "aya_vision": Kind(
         *("AyaVision", "got_ocr2.GotOcr2", TILES, AYA),
         ids={"image_token_id": "<|IMG_PATCH|>"},
@@ -305,6 +302,102 @@ KINDS = {
         tokens=("<image>", "###"),
         end="###",
     ),
+    "idefics2": Kind(
+        *("Idefics2", "idefics2.Idefics2", {"size": {"shortest_edge": 16, "longest_edge": 32}}, SMOLVLM),
+        ids={"image_token_id": "<image>"},
+        text={"model_type": "mistral", "head_dim": 8},
+        vision=TILE | {"image_size": 32},
+        config={"perceiver_config": dict.fromkeys(("resampler_n_latents", "resampler_head_dim"), 4) | RESAMPLER},
+        processor={"image_seq_len": 4},
+        tokens=IDEFICS,
+        end="<end_of_utterance>",
+    ),
+    "deepseek_vl": Kind(
+        *("DeepseekVL", "deepseek_vl.DeepseekVL", SQUARE | {"min_size": 4}, CHATML.replace(QWEN_IMAGE, "<image>")),
+        ids={"image_token_id": "<image>"},
+        text={"model_type": "llama"},
+        vision=SIGLIP,
+        config={"tie_word_embeddings": False},
+        processor={"num_image_tokens": 16},
+        named={"image_token": "<image>"},
+    ),
+    "janus": Kind(
+        *("Janus", "janus.Janus", SQUARE | {"min_size": 4}, CHATML.replace(QWEN_IMAGE, "<image_placeholder>")),
+        ids={"image_token_id": "<image_placeholder>"},
+        text={"model_type": "llama"},
+        vision=TILE | {"num_image_tokens": 16, "projection_dim": 32, "mlp_ratio": 2},
+        config={
+            "vq_config": dict.fromkeys(
+                ("base_channels", "latent_channels", "num_embeddings", "projection_dim", "image_token_embed_dim"), 32
+            )
+        },
+        processor={"num_image_tokens": 16},
+        named={
+            "image_token": "<image_placeholder>",
+            "boi_token": "<begin_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+    ),
+    "video_llama_3": Kind(
+        *("VideoLlama3", "video_llama_3.VideoLlama3", PIXELS),
+        ids={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+        text={"model_type": "qwen2"},
+        vision=TOWER | {"patch_size": PATCH},
+    ),
+    "paddleocr_vl": Kind(
+        *("PaddleOCRVL", "paddleocr_vl.PaddleOCRVL", PIXELS),
+        ids=QWEN_IDS,
+        text=MROPE | {"head_dim": 8},
+        vision=TOWER | {"image_size": 32, "patch_size": PATCH},
+        named={"image_token": "<|image_pad|>"},
+    ),
+    "exaone4_5": Kind(
+        *("Exaone4_5_", "qwen2_vl.Qwen2VL", PIXELS),
+        ids={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+        text={
+            "model_type": "exaone4",
+            "head_dim": 8,
+            "sliding_window": 200,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        vision=FLAT | {"window_size": 16, "fullatt_block_indexes": [1], "num_key_value_heads": 1},
+        processor={"processor_class": "Exaone4_5_Processor"},
+    ),
+    "ovis2": Kind(  # refused: marks around an image have embeddings of their own
+        *("Ovis2", "ovis2.Ovis2", TILES, CHATML.replace(QWEN_IMAGE, "<image>")),
+        ids={"image_token_id": "<IMG_ATOM>"},
+        text={"model_type": "qwen2"},
+        vision=TILE | {"vocab_size": 32, "hidden_stride": 2},
+        config={"vocab_size": 282, "hidden_size": 32, "visual_indicator_token_ids": [273, 275, 276, 277, 278]},
+        processor={"image_seq_length": 4},
+        tokens=("<image>", *(f"<IMG_{name}>" for name in ("START", "ATOM", "GRID", "COL", "ROW", "END"))),
+    ),
+    "paligemma": Kind(  # refused: prompts see both ways
+        *("PaliGemma", "siglip.Siglip", SQUARE | {"image_seq_length": 16}),
+        ids={"image_token_index": "<image>"},
+        text={"model_type": "gemma", "head_dim": 8},
+        vision=SIGLIP,
+        config={"projection_dim": 32, "hidden_size": 32},
+        named={"image_token": "<image>"},
+    ),
+    "got_ocr2": Kind(  # refused: its layers do not take SDPA
+        *("GotOcr2", "got_ocr2.GotOcr2", SQUARE),
+        ids={"image_token_index": "<image>"},
+        text={"model_type": "qwen2"},
+        vision={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64},
+        tokens=("<image>",),
+    ),
+}
+# The same but for their classes.
+KINDS |= {
+    "idefics3": replace(KINDS["smolvlm"], prefix="Idefics3", images="idefics3.Idefics3"),
+    "glm46v": replace(KINDS["glm4v"], prefix="Glm46V", images="glm46v.Glm46V"),
+    "qwen3_vl_moe": replace(
+        KINDS["qwen3_vl"],
+        prefix="Qwen3VLMoe",
+        text=QWEN3 | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        processor={"processor_class": "Qwen3VLProcessor"},
+    ),
 }
 
 
@@ -329,7 +422,7 @@ def byte_tokenizer(kind: Kind) -> PreTrainedTokenizerFast:
 def tiny_config(name: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     """Return the config of a tiny model of a family."""
     kind = KINDS[name]
-    ends = ["<|endoftext|>", kind.end] if name == "glm4v" else [tokenizer.eos_token]
+    ends = ["<|endoftext|>", kind.end] if name in ("glm4v", "glm46v") else [tokenizer.eos_token]
     text = TEXT | {"vocab_size": len(tokenizer) + 3, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     text["eos_token_id"] = tokenizer.convert_tokens_to_ids(ends) if len(ends) > 1 else tokenizer.eos_token_id
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in kind.ids.items()}
@@ -390,3 +483,18 @@ def _publish(folder: Path) -> None:
 def _change(file: Path, **values: Any) -> None:
     known = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(known | values))
+
+
+def row_log_probs(loaded: LoadedModel, items: Sequence[Item]) -> Tensor:
+    """Log-probs of the targets by transformers' own forward pass, one branch at a time."""
+    log_probs: list[Tensor] = []
+    for item in items:
+        tree = item.example.tree
+        for branch in tree.branches:
+            ids = torch.tensor([[*tree.prefix, *branch.ids]])
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **loaded.token_types(ids)}
+            inputs |= loaded.images.batch(item.example.images)
+            row = loaded.core(**inputs).logits[0].log_softmax(-1)
+            targets = [len(tree.prefix) + i for i, flag in enumerate(branch.supervised) if flag]
+            log_probs += [row[target - 1, ids[0, target]] for target in targets]
+    return torch.stack(log_probs)

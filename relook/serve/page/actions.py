@@ -167,17 +167,17 @@ class Page:
             raise APIError(400, ENGLISH["no_question"], "no_question")
         if any(engine.full for engine in self.engines.values()):  # before anything is read
             raise APIError(429, "Too many requests are waiting already.", "busy")
-        path = conversation.picture
-        if path:
+        pictures = conversation.pictures()
+        for path in itertools.chain(*pictures):
             await anyio.to_thread.run_sync(self.read, path)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))  # the same for all models
 
         arrived = time.monotonic()
-        requests = [
-            (engine, await self._request(name, path, [*conversation.turns(i), Turn(question, "")], sampling, arrived))
-            for i, (name, engine) in enumerate(self.engines.items())
-        ]
+        requests = []
+        for i, (name, engine) in enumerate(self.engines.items()):
+            turns = [*conversation.turns(i), Turn(question, "")]
+            requests.append((engine, await self._request(name, pictures, turns, sampling, arrived)))
         stream = AnswerStream(requests)
         answers = [Answer()] * len(self.engines)
         try:
@@ -190,15 +190,14 @@ class Page:
             stream.cancel()  # the browser has gone, or the user pressed stop
 
     async def _request(
-        self, name: str, path: str, turns: Sequence[Turn], sampling: Sampling, arrived: float
+        self, name: str, pictures: Sequence[Sequence[str]], turns: Sequence[Turn], sampling: Sampling, arrived: float
     ) -> Request:
         engine = self.engines[name]
-        image = [{"type": "image_url", "image_url": {"url": _url(path)}}] if path else []
         messages: list[dict[str, Any]] = []
-        for turn in turns:
-            content = [*image, {"type": "text", "text": turn.prompt}]
+        for paths, turn in zip(pictures, turns, strict=True):
+            images = ({"type": "image_url", "image_url": {"url": _url(path)}} for path in paths)
+            content = [*images, {"type": "text", "text": turn.prompt}]
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.response}]
-            image = []  # the picture belongs to the first prompt
         try:
             body = ChatRequest(model=name, messages=messages[:-1], stream=True, **vars(sampling))  # type: ignore[arg-type]
         except ValidationError as error:
@@ -229,6 +228,8 @@ class Page:
 
     def look(self, name: str, path: str, turns: Sequence[Turn], index: int) -> AttentionMap | None:
         """Compute where a model's post decoder looked before a word of the last answer; None if there is no map.
+
+        There is none without a picture, or of a conversation about several.
 
         Args:
             index: of the word's piece.

@@ -200,7 +200,7 @@ class Actions:
         conversation = before.asked(question, temperature)
         # At once, before the first word. The question box is emptied here only: what is typed later stays.
         emptied = {} if again else {parts.question: ""}
-        yield {**self._conversation(request, conversation), **emptied, **self._notice(request)}
+        yield {**self._everything(request, conversation), **emptied}
         started = False
         try:
             history = before.before_last_question() if again else before
@@ -217,7 +217,7 @@ class Actions:
                 yield {**self._conversation(request, conversation.ended("failed")), **self._notice(request, error)}
             else:  # as if it had not been asked
                 back = {} if again else {parts.question: question}
-                yield {**self._conversation(request, before), **back, **self._notice(request, error)}
+                yield {**self._everything(request, before), **back, **self._notice(request, error)}
 
     def stop(self, request: gr.Request, state: Raw) -> Outputs:
         """Show that the answers were stopped."""
@@ -233,15 +233,14 @@ class Actions:
         return self._everything(request, self._new(str(paths[0]) if paths else ""))
 
     def show_upload(self, request: gr.Request, state: Raw, data: Raw) -> Outputs:
-        """Begin a conversation about an upload, if the models can read it; else leave all as it is."""
-        path = _value(data, "path")
+        """Begin a conversation about an upload, or add it to this one, if the models can read it."""
+        path, conversation = _value(data, "path"), self._parse(state).ended("cancelled")
         try:
             self.page.check(path)
         except APIError as error:
-            return {
-                **self._conversation(request, self._parse(state).ended("cancelled")),
-                **self._notice(request, error),
-            }
+            return {**self._conversation(request, conversation), **self._notice(request, error)}
+        if _value(data, "add") and conversation.picture:
+            return self._everything(request, conversation.model_copy(update={"added": (*conversation.added, path)}))
         return self._everything(request, self._new(path))
 
     def refuse_upload(self, request: gr.Request, state: Raw) -> Outputs:
@@ -258,9 +257,10 @@ class Actions:
         names = list(self.page.engines)
         if word is None or word.model >= len(names) or word.exchange >= len(conversation.exchanges):
             return {}
-        turns = conversation.turns(word.model, word.exchange)
+        turns, pictures = conversation.turns(word.model, word.exchange), sum(conversation.pictures(word.exchange), ())
         try:
-            attention = self.page.look(names[word.model], conversation.picture, turns, word.piece)
+            picture = pictures[0] if len(pictures) == 1 else ""
+            attention = self.page.look(names[word.model], picture, turns, word.piece)
         except APIError as error:
             return {self.parts.chat: self._view(request).chat(conversation), **self._notice(request, error)}
         return {self.parts.chat: self._view(request).chat(conversation, word, attention)}

@@ -1,4 +1,4 @@
-"""The conversation that the browser keeps: a picture, and questions with each model's answer.
+"""The conversation that the browser keeps: pictures, and questions with each model's answer.
 
 The server keeps nothing between two actions, so what comes back is untrusted and is validated before it is read.
 """
@@ -34,11 +34,13 @@ class Exchange(_State):
 
     Args:
         temperature: at which the question of the exchange before was asked once more; None for a question of its own.
+        added: pictures that the question shows beside those before it.
     """
 
     question: str
     answers: tuple[Answer, ...]
     temperature: float | None = None
+    added: tuple[str, ...] = ()
 
     @property
     def running(self) -> bool:
@@ -52,16 +54,18 @@ class Exchange(_State):
 
 
 class Dialogue(_State):
-    """Hold a picture and the exchanges about it; a new picture begins a new conversation.
+    """Hold a picture, the exchanges about it, and pictures that were added to it later.
 
     Args:
         models: their names; the answers of an exchange are in this order.
-        picture: the path of the upload; empty for none.
+        picture: the path of the first upload; empty for none.
+        added: those that the next question shows.
     """
 
     models: tuple[str, ...]
     picture: str = ""
     exchanges: tuple[Exchange, ...] = ()
+    added: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, state: Any, models: Sequence[str]) -> Dialogue:
@@ -81,8 +85,11 @@ class Dialogue(_State):
 
     def asked(self, question: str, temperature: float | None = None) -> Dialogue:
         """Add a question whose answers are still empty."""
-        exchange = Exchange(question=question, answers=(Answer(),) * len(self.models), temperature=temperature)
-        return self.model_copy(update={"exchanges": (*self.exchanges, exchange)})
+        answers, new = (Answer(),) * len(self.models), temperature is None
+        added = self.added if new else ()
+        exchange = Exchange(question=question, answers=answers, temperature=temperature, added=added)
+        waiting = () if new else self.added
+        return self.model_copy(update={"exchanges": (*self.exchanges, exchange), "added": waiting})
 
     def answered(self, answers: Sequence[Answer]) -> Dialogue:
         """Replace the answers to the last question."""
@@ -94,11 +101,12 @@ class Dialogue(_State):
         return self.model_copy(update={"exchanges": tuple(exchange.ended(finish) for exchange in self.exchanges)})
 
     def before_last_question(self) -> Dialogue:
-        """Return what was said before the last question was first asked."""
+        """Return what was said before the last question was first asked, with the pictures that it shows."""
         exchanges = list(self.exchanges)
-        while exchanges and exchanges.pop().temperature is not None:
-            pass
-        return self.model_copy(update={"exchanges": tuple(exchanges)})
+        last = None
+        while exchanges and (last is None or last.temperature is not None):
+            last = exchanges.pop()
+        return self.model_copy(update={"exchanges": tuple(exchanges), "added": last.added if last else ()})
 
     def turns(self, model: int, last: int | None = None) -> list[Turn]:
         """Return a model's turns up to the exchange `last`, or all; of answers to one question the newest counts."""
@@ -108,3 +116,10 @@ class Dialogue(_State):
             for exchange, after in itertools.zip_longest(exchanges, exchanges[1:])
             if after is None or after.temperature is None
         ]
+
+    def pictures(self, last: int | None = None) -> list[tuple[str, ...]]:
+        """Return the pictures of each question up to the exchange `last`; without it, of the next question as well."""
+        exchanges = self.exchanges if last is None else self.exchanges[: last + 1]
+        shown = [exchange.added for exchange in exchanges if exchange.temperature is None]
+        shown += [self.added] if last is None else []
+        return [((self.picture,) if self.picture and not i else ()) + added for i, added in enumerate(shown)]

@@ -78,8 +78,15 @@ class View:
             labels = (translate(self.language, "run_picture", number=i + 1) for i in range(len(self.run_pictures)))
             pictures = [_gallery_item(path, label) for path, label in zip(self.run_pictures, labels, strict=True)]
             galleries.append({"title": title, "examples": pictures})
-        picture, max_bytes = _url(Path(path)) if path else "", self.page.sources.max_bytes
-        return self._render("panel.html.j2", picture=picture, facts=facts, galleries=galleries, max_bytes=max_bytes)
+        return self._render(
+            "panel.html.j2",
+            picture=_url(Path(path)) if path else "",
+            adds=bool(path and (conversation.exchanges or conversation.added)),
+            added=[_url(Path(added)) for added in conversation.added],
+            facts=facts,
+            galleries=galleries,
+            max_bytes=self.page.sources.max_bytes,
+        )
 
     def chat(self, conversation: Dialogue, word: Place | None = None, attention: AttentionMap | None = None) -> str:
         """Render the conversation.
@@ -91,18 +98,21 @@ class View:
             objects = self.page.known_objects(conversation.picture)
         except APIError:
             objects = None
-        exchanges = [
-            {
-                "question": exchange.question,
-                "once_more": self._once_more(exchange),
-                "note": "" if conversation.picture or i else translate(self.language, "without_picture"),
-                "answers": [
-                    self._answer(conversation, Place(i, j, -1), answer, objects, word, attention)
-                    for j, answer in enumerate(exchange.answers)
-                ],
-            }
-            for i, exchange in enumerate(conversation.exchanges)
-        ]
+        exchanges = []
+        for i, exchange in enumerate(conversation.exchanges):
+            known = objects if len(sum(conversation.pictures(i), ())) == 1 else None
+            exchanges.append(
+                {
+                    "question": exchange.question,
+                    "added": [_url(Path(path)) for path in exchange.added],
+                    "once_more": self._once_more(exchange),
+                    "note": "" if conversation.picture or i else translate(self.language, "without_picture"),
+                    "answers": [
+                        self._answer(conversation, Place(i, j, -1), answer, known, word, attention)
+                        for j, answer in enumerate(exchange.answers)
+                    ],
+                }
+            )
         start = translate(self.language, "start", question=EXAMPLE_QUESTION)
         return self._render("chat.html.j2", exchanges=exchanges, start=start, running=conversation.running)
 
@@ -118,7 +128,8 @@ class View:
         names = list(self.page.engines)
         name, here = names[at.model], word is not None and (word.exchange, word.model) == (at.exchange, at.model)
         # While an answer grows a map would vanish with the next word.
-        clickable = bool(conversation.picture) and not conversation.running and self._looks(name)
+        one_picture = len(sum(conversation.pictures(at.exchange), ())) == 1
+        clickable = one_picture and not conversation.running and self._looks(name)
         pieces = self.page.pieces(answer.text, objects)
         role = "served" if at.model == 0 else "compared"
         latest = at.exchange == len(conversation.exchanges) - 1

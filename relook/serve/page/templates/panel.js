@@ -1,17 +1,17 @@
 // Upload a chosen, dropped or pasted picture; tell which example was chosen, and that the picture is to be removed.
-const take = async (file) => {
+const take = async (file, add = false) => {
   if (!file) return;
   // Gradio would say so in its own words, in English.
   if (file.size > Number(element.querySelector(".drop")?.dataset.maxBytes)) return trigger("refused");
   try {
     const { path } = await upload(file);
-    trigger("upload", { path });
+    trigger("upload", { path, add: add ? "add" : "" });
   } catch {
     trigger("refused"); // an event of that name, because Gradio keeps "error" to itself
   }
 };
 element.addEventListener("change", (event) => {
-  take(event.target.files?.[0]);
+  take(event.target.files?.[0], event.target.classList.contains("add"));
   event.target.value = "";
 });
 element.addEventListener("click", (event) => {
