@@ -130,7 +130,7 @@ def test_a_mean_over_responses_is_that_of_each_alone(base: Path, world: Path, tm
     mixed = [0, 13, 5, 20]  # question and description pairs
     alone = [bench.loss([i])[1]["nll"] for i in mixed]
     together = bench.loss(mixed)[1]["nll"]
-    bench.recipe = replace(bench.recipe, nll_mean="responses")
+    bench.recipe = replace(bench.recipe, nll_length_power=1.0)
     mean = bench.loss(mixed)[1]["nll"]
     assert mean == pytest.approx(sum(alone) / len(alone), abs=1e-5)
     assert abs(mean - together) > 1e-3  # over tokens the descriptions count for more
