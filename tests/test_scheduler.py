@@ -200,7 +200,7 @@ def text_of(
     return Text(ids, pictures, new, lambda token, _: token == eos, image_inputs=inputs)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(st.sampled_from(["plain", "cross", "self_cross"]), st.integers(0, 2**32))
 def test_texts_are_those_of_generate_however_they_come_and_go(
     models: Models,
@@ -210,7 +210,18 @@ def test_texts_are_those_of_generate_however_they_come_and_go(
     seed: int,
 ) -> None:
     """In any order, beside any others, cut into chunks, in a pool with hardly any room, some cancelled."""
-    loaded, rng = models[name], random.Random(seed)
+    come_and_go(models[name], asked, by_generate[name], random.Random(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "cross", "self_cross"])
+def test_many_texts_are_those_of_generate(models: Models, asked: list[Any], by_generate: Tokens, name: str) -> None:
+    for seed in range(20):
+        come_and_go(models[name], asked, by_generate[name], random.Random(seed))
+
+
+def come_and_go(loaded: LoadedModel, asked: list[Any], by_generate: list[list[int]], rng: random.Random) -> None:
+    """Answer the texts by one schedule; `by_generate` has their tokens."""
     encoder, eos = loaded.encoder(), loaded.core.generation_config.eos_token_id
     prompts = [encoder.prompt(text, images) for images, text in asked]
     cells = rng.choice([max(map(len, prompts)) + NEW, 300, 2000])
@@ -230,7 +241,7 @@ def test_texts_are_those_of_generate_however_they_come_and_go(
         for text in cancelled:
             if text not in order and not text.ended and rng.random() < 0.2:
                 batch.cancel(text)
-    for text, expected in zip(texts, by_generate[name], strict=True):
+    for text, expected in zip(texts, by_generate, strict=True):
         assert text.tokens == (expected[: len(text.tokens)] if text in cancelled else expected)
     assert batch.counts.prompt_tokens - batch.counts.reused_tokens <= sum(map(len, prompts))
     while batch.extents.by_images:
