@@ -176,7 +176,6 @@ CHOICES = {
     "task": ("sft", "dpo"),
     "on_bad": ON_BAD,
     "dpo_tokens": ("all", "differing"),
-    "nll_mean": ("tokens", "responses"),
     "loss_type": (
         *("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
         *("sigmoid_norm", "bco_pair", "apo_zero", "apo_down", "kto"),
@@ -304,8 +303,8 @@ class Recipe:
     undesirable_weight: float = _key(1.0, "kto: weight of bad answers")
     dpo_weight: float = _key(1.0, "weight of the preference term; 0 trains without it (NLL-only control)")
     nll_weight: float = _key(0.0, "weight of the supervised term on the chosen response")
-    nll_mean: str = _key(
-        "tokens", "what the supervised term's mean is over; responses: a short one counts as much (RPO)"
+    nll_length_power: float = _key(
+        0.0, "a response's tokens weigh 1 / length^power in the supervised term: 0 all alike, 1 responses alike (RPO)"
     )
     mdpo_conditional_weight: float = _key(
         0.0, "mDPO: the chosen response on its image against a corrupted one; 1 in the paper. sigmoid, hinge, robust"
@@ -439,7 +438,7 @@ class Recipe:
             (not self.trains_projector, "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
             (not self.trains_vision_tower, "without tune_vision_tower or lora_vision_tower", ("vision_tower_lr",)),
             ("robust" not in losses, "without loss_type robust and a dpo_weight", ("label_smoothing",)),
-            (not self.nll_weight, "without nll_weight", ("nll_mean",)),
+            (not self.nll_weight, "without nll_weight", ("nll_length_power",)),
             ("simpo" not in losses, "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
             (not self.rates_answers, "without loss_type kto", KTO_KEYS),
             (
@@ -493,6 +492,8 @@ class Recipe:
             yield RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
         if not 0 <= self.label_smoothing < 0.5:
             yield RecipeError(f"label_smoothing is {self.label_smoothing}, a share of pairs.", "Give 0 to below 0.5.")
+        if not 0 <= self.nll_length_power <= 1:
+            yield RecipeError(f"nll_length_power is {self.nll_length_power}.", "Give 0 (tokens) to 1 (responses).")
         for name in WEIGHTS:
             if getattr(self, name) < 0:
                 yield RecipeError(f"{name} is {getattr(self, name)}.", "A weight must not be below 0.")

@@ -190,7 +190,7 @@ def test_keys_that_do_not_go_together(keys: dict[str, Any], message: str) -> Non
         ("beta", 0.2),
         ("dpo_weight", 0.5),
         ("nll_weight", 1.0),
-        ("nll_mean", "responses"),
+        ("nll_length_power", 1.0),
         ("dpo_tokens", "differing"),
         ("label_smoothing", 0.1),
         ("simpo_gamma", 1.0),

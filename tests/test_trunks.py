@@ -13,6 +13,7 @@ from helpers.tiny import dpo_keys, scramble, sft_keys, write_world
 from helpers.trunks import KINDS, byte_tokenizer, row_log_probs, save_trunk, tiny_config
 from helpers.variants import variants
 from PIL import Image
+from test_packing import flex_attention_by_sdpa
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
@@ -39,7 +40,7 @@ from relook.model.lazy_model import open_folder
 from relook.model.load import LoadOptions, add_post_decoder
 from relook.model.modeling_relook import TOWERS_READ
 from relook.recipe import build_recipe
-from relook.report.plots import attention_before
+from relook.report.attention_maps import attention_before
 from relook.train.run import train
 
 TOWER: dict[str, Any] = {"features": "tower"}  # the post decoder looks at the tower's states, before the merger
@@ -272,9 +273,15 @@ def test_trees_are_equal_to_separate_rows(folder: Path, world: Path, settings: d
         assert (wrong - theirs).abs().max() > 1e-2
 
 
+# Compiled for a CPU, FlexAttention takes half a minute.
+@pytest.mark.parametrize("attention", ["dense", "flex by SDPA", pytest.param("flex", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_windows_and_images_that_see_both_ways(tmp_path: Path, world: Path) -> None:
+def test_windows_and_images_that_see_both_ways(
+    attention: str, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gemma 3 with windows much shorter than its rows, packed with and without FlexAttention."""
+    if attention == "flex by SDPA":
+        flex_attention_by_sdpa(monkeypatch)
     loaded = load_model(save_trunk(tmp_path / "gemma3", "gemma3"))
     text = loaded.core.config.text_config
     loaded.core.model.language_model.config.sliding_window = text.sliding_window = 20
@@ -282,14 +289,13 @@ def test_windows_and_images_that_see_both_ways(tmp_path: Path, world: Path) -> N
         layer.self_attn.sliding_window = 20 if layer.self_attn.sliding_window else None
     items = sorted(map(Item, examples_of(loaded, world)), key=lambda item: -len(item.example.tree))
     theirs = row_log_probs(loaded, items)
-    for trunk_pass in ("dense", "flex"):
-        collator = Collator(Policy(loaded.core, trunk_pass=trunk_pass), loaded.images, loaded.pad_id)
-        batch = collator(items)["batch"]
-        torch.testing.assert_close(collator.policy(batch), theirs, atol=1e-5, rtol=1e-5)
-        causal = torch.arange(batch.packed.ids.shape[1], dtype=torch.int32).expand_as(batch.packed.first_query)
-        packed = type(batch.packed)(**{**vars(batch.packed), "first_query": causal})
-        wrong = collator.policy(type(batch)(**{**vars(batch), "packed": packed}))
-        assert (wrong - theirs).abs().max() > 1e-2
+    collator = Collator(Policy(loaded.core, trunk_pass=attention.split()[0]), loaded.images, loaded.pad_id)
+    batch = collator(items)["batch"]
+    torch.testing.assert_close(collator.policy(batch), theirs, atol=1e-5, rtol=1e-5)
+    causal = torch.arange(batch.packed.ids.shape[1], dtype=torch.int32).expand_as(batch.packed.first_query)
+    packed = type(batch.packed)(**{**vars(batch.packed), "first_query": causal})
+    wrong = collator.policy(type(batch)(**{**vars(batch), "packed": packed}))
+    assert (wrong - theirs).abs().max() > 1e-2
 
 
 def test_branches_restart_behind_the_prefix_in_all_three_numbers() -> None:

@@ -30,7 +30,12 @@ SIZES = {"absent": (0, 0), "small": (0, 18), "middle": (18, 35), "large": (35, 1
 THIRDS = ("first", "second", "third")
 DOSES = (0, 5, 10, 20)  # percent
 PROBE_STYLES = ("s-", "o-", "v--", "^--")
-TRAINING_STYLES = {"none": "tab:gray", "own_tokens": "tab:blue", "cross": "tab:red"}
+LOOKS = {  # variants in the plot: label, colour
+    "base": ("base", "tab:gray"),
+    "none": ("tuned,\ncannot look", "tab:gray"),
+    "cross": ("tuned,\nlooks", "tab:red"),
+    "swapped": ("looks at\nanother image", "tab:blue"),
+}
 # name: (first, second); a difference is second - first
 CONTRASTS = {
     "H1 looking again": ("none", "cross"),
@@ -282,10 +287,10 @@ def print_tables(result: Mapping[str, Any]) -> None:
 
 
 def plot(result: Mapping[str, Any], work: Path, file: Path) -> None:
-    """Draw what each stage knows by size of the object, how training falls, and the preference at its recall.
+    """Draw what each stage knows by size of the object, CHAIR_i by what can be seen, and the preference at its recall.
 
     Args:
-        work: folder with results/probe.json and the runs.
+        work: folder with results/probe.json.
     """
     from matplotlib.figure import Figure
 
@@ -298,18 +303,21 @@ def plot(result: Mapping[str, Any], work: Path, file: Path) -> None:
         left.plot(groups, [row[group] for group in groups], style, label=name, ms=5)
     left.set(ylabel="AUC, present against absent", title="What is known, by size of the object")
     left.legend(fontsize=8, loc="lower right")
-    for name, style in TRAINING_STYLES.items():
-        for number, run in enumerate(sorted(work.glob(f"runs/{name}-*/run.json"))):
-            log = [(row["step"], row["loss"]) for row in read_json(run)["log"] if "loss" in row]
-            middle.plot(*zip(*log, strict=True), style, label="_" * number + name)
-    middle.set(xlabel="step", ylabel="loss, nats a token", title="Imitating the same pairs, two seeds each")
-    middle.legend(fontsize=8)
+    for place, (name, (label, color)) in enumerate(LOOKS.items()):
+        values = [100 * row["chair_i"] for row in rows_of(result, name)]
+        middle.bar(place, sum(values) / len(values), color=color, width=0.7)
+        middle.plot([place] * len(values), values, "k.", ms=4)
+        middle.annotate(
+            f"{sum(values) / len(values):.1f}", (place, max(values)), (0, 4), textcoords="offset points", ha="center"
+        )
+    middle.set_xticks(range(len(LOOKS)), [label for label, _ in LOOKS.values()], fontsize=8)
+    middle.set(ylabel="CHAIR_i, %", title="Absent objects in captions", ylim=(0, 60))
     kinds = sorted({variant_of(name) for name in result["rows"] if name.startswith(("nll", "dpo"))}, reverse=True)
     for name in kinds:
         rows = rows_of(result, name)
         points = [[100 * row[key] for row in rows] for key in ("recall", "chair_i")]
         right.plot(*points, "o" if name.startswith("nll") else "s", ms=6, label=name)
-    right.set(xlabel="recall, %", ylabel="CHAIR_i, %", title="Imitation at 0, 10, 20 % false, and DPO", ylim=(0, None))
+    right.set(xlabel="recall, %", ylabel="CHAIR_i, %", title="A fifth of the chosen objects false", ylim=(0, None))
     right.legend(fontsize=8)
     figure.savefig(file, dpi=100)
 

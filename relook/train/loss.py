@@ -331,7 +331,7 @@ def targets_of(batch: Any) -> Targets:
 
 
 def supervised_weight(recipe: Recipe, targets: Targets) -> Tensor | int:
-    """Return the weight of a batch in the supervised loss's mean: how many tokens, or chosen answers, it is over."""
+    """Return the weight of a batch in the supervised loss's mean: how many tokens it is over, or their weights."""
     return len(targets.id) if recipe.task == "sft" else _supervised_weights(recipe, targets).sum()
 
 
@@ -339,10 +339,10 @@ def _supervised_weights(recipe: Recipe, targets: Targets) -> Tensor:
     """Return each target's weight in the supervised loss, (N,): 0 outside chosen answers on uncorrupted images."""
     # Chosen answers are the even branches; branches from 2 P on are the corrupted copies.
     chosen = (targets.branch % 2 == 0) & (targets.branch < 2 * _pairs(recipe, targets))
-    if recipe.nll_mean == "tokens":
+    if not recipe.nll_length_power:
         return chosen
     lengths = targets.sum_by_branch(torch.ones_like(targets.branch, dtype=torch.float32))
-    return chosen / lengths[targets.branch]
+    return chosen / lengths[targets.branch] ** recipe.nll_length_power
 
 
 def _pairs(recipe: Recipe, targets: Targets) -> int:
