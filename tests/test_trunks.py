@@ -231,6 +231,9 @@ def test_a_tower_attends_to_segments_of_equal_length_at_once(tmp_path: Path, mon
     assert families.vision_tower(base.core.model).config._attn_implementation == tower_attention.NAME
     torch.testing.assert_close(features(tower_attention.NAME), features("sdpa"), atol=1e-5, rtol=1e-5)
     assert 2 <= len(calls) <= 12  # 27 windows in the first layer and five pictures in the second
+    looking = add_post_decoder(base.model, {}, None).model  # the tower is set to SDPA now
+    tower_attention.batch_segments(looking)
+    assert families.vision_tower(looking).config._attn_implementation == tower_attention.NAME
 
 
 # --- trees

@@ -305,7 +305,7 @@ class PostDecoderForGeneration(PreTrainedModel):
         Some versions, 5.17 among them, repeat each image individually where they repeat rows. A row of two images would
         then get the first one twice.
         """
-        about_images = {"mm_encoder_outputs", *inspect.signature(self.get_image_features).parameters}
+        about_images = {"mm_encoder_outputs", *inspect.signature(self.model.get_image_features).parameters}
         image_inputs = {name: kwargs.pop(name) for name in about_images & kwargs.keys()}
         # A family's own expansion would look for them; the common one is a static method in 5.17, and none later.
         expand = vars(GenerationMixin)["_expand_inputs_for_generation"].__get__(self)

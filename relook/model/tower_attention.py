@@ -67,5 +67,5 @@ AttentionInterface.register(NAME, segment_attention)
 def batch_segments(base: Any) -> None:
     """Let a base model's tower attend by `segment_attention`, if it reads images as segments of a row, by SDPA."""
     config: Any = vision_tower(base).config
-    if "image_grid_thw" in signature(base.forward).parameters and config._attn_implementation == "sdpa":
+    if "image_grid_thw" in signature(base.get_image_features).parameters and config._attn_implementation == "sdpa":
         config._attn_implementation = NAME
