@@ -111,7 +111,7 @@ def test_rounds_stop_where_nothing_is_gained(
 
 def test_later_rounds_go_on_with_the_post_decoder(steps: dict[str, list[Any]], world: Path, tmp_path: Path) -> None:
     steps["gains"] = [-0.1, -0.1, -0.1]
-    aligned(world, tmp_path / "out", recipe="toyworld-post-decoder")
+    aligned(world, tmp_path / "out", recipe="toyworld-post-decoder", keys={"post_decoder_init": "projector"})
     assert [recipe.post_decoder_init for recipe in steps["trained"]] == ["projector", "random", "random"]
 
 

@@ -62,7 +62,7 @@ def _finding(line: Mapping[str, Any]) -> str:
         f"Round {line['round']} ({line['pairs']:,} pairs) against {before}, where both have a recall of "
         f"{decimal(paired['recall'], 100)} %: CHAIR_i goes from {first} % to {second} %, {change(paired)} points "
         f"({verdict(paired, -1)})."
-    )
+    ).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _curves(
