@@ -72,13 +72,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="pairs a step from cached states")
     options = parser.parse_args()
     parts, shape = options.parts.split(","), SHAPES[options.family][options.tiny]
-    found: dict[str, Any] = {"device": device_name(), "versions": versions()}
+    report: dict[str, Any] = {"device": device_name(), "versions": versions()}
 
     def say(name: str, **figures: Any) -> None:
-        found[name] = figures
+        report[name] = figures
         print(name, json.dumps(figures), flush=True)
         if options.out:
-            write_json(options.out, found)
+            write_json(options.out, report)
 
     base = timed(lambda: write_model(options.work / "base", shape), say, "write_model")
     say("matmul", **matmul())
@@ -87,20 +87,20 @@ def main() -> None:
         say("ha_dpo_way", **peer(base, shape))
     write_pairs(options.work / "fixed", options.pairs, options.pairs, 0, size=shape.get("picture", (500, 375)))
     if "cache" in parts:
-        say("cache_pass", **cache_pass(base, options, shape, found))
+        say("cache_pass", **cache_pass(base, options, shape, report))
     if "epochs" in parts:
         for name, keys in (("head", {"tune_lm_head": True}), ("post_decoder", {"tune_post_decoder": True})):
-            say(f"epoch_{name}", **epoch(base, options, name, keys, found))
+            say(f"epoch_{name}", **epoch(base, options, name, keys, report))
     if "sweep" in parts:
         say("sweep", **sweep(base, options))
 
 
 def timed(work: Callable[[], Any], say: Callable[..., None], name: str) -> Any:
     started = time.perf_counter()
-    made = work()
+    result = work()
     sync()
     say(name, seconds=round(time.perf_counter() - started, 1))
-    return made
+    return result
 
 
 # --- what is measured
@@ -161,7 +161,7 @@ def recipe_of(base: Path, options: argparse.Namespace, name: str, **keys: Any) -
 
 
 def cache_pass(
-    base: Path, options: argparse.Namespace, shape: dict[str, Any], found: dict[str, Any]
+    base: Path, options: argparse.Namespace, shape: dict[str, Any], report: dict[str, Any]
 ) -> dict[str, float]:
     """Filling the cache for a post decoder that reads the image, twice: the first pass also compiles."""
     recipe = recipe_of(base, options, "cache", tune_post_decoder=True)
@@ -205,17 +205,17 @@ def cache_pass(
         "encoding_s": round(encoding, 1),
         "compiling_s": round(seconds[0] - seconds[1], 1),
         "useful_tflops": round(tflops, 1),
-        "of_best_matmul": round(tflops / found["matmul"]["best_tflops"], 3),
-        "of_sustained_matmul": round(tflops / found["matmul"]["sustained_tflops"], 3),
+        "of_best_matmul": round(tflops / report["matmul"]["best_tflops"], 3),
+        "of_sustained_matmul": round(tflops / report["matmul"]["sustained_tflops"], 3),
         "peak_gib": peak(),
     }
-    if "ha_dpo_way" in found:
-        result["times_the_ha_dpo_way"] = round(rate / found["ha_dpo_way"]["pairs_per_s"], 2)
+    if "ha_dpo_way" in report:
+        result["times_the_ha_dpo_way"] = round(rate / report["ha_dpo_way"]["pairs_per_s"], 2)
     return result
 
 
 def epoch(
-    base: Path, options: argparse.Namespace, name: str, keys: dict[str, Any], found: dict[str, Any]
+    base: Path, options: argparse.Namespace, name: str, keys: dict[str, Any], report: dict[str, Any]
 ) -> dict[str, float]:
     """Three epochs of transformers' Trainer from cached states, by `train`; the rate is the Trainer's own."""
     recipe = recipe_of(base, options, name, **keys, num_train_epochs=1)
@@ -228,8 +228,8 @@ def epoch(
             train(replace(recipe, output_dir=f"{recipe.output_dir}-profiled"))
     rate = read_json(out / "run.json")["log"][-1]["train_samples_per_second"]
     result = {"pairs_per_s": round(rate, 1), "peak_gib": peak()}
-    if "ha_dpo_way" in found:
-        result["times_the_ha_dpo_way"] = round(rate / found["ha_dpo_way"]["pairs_per_s"], 1)
+    if "ha_dpo_way" in report:
+        result["times_the_ha_dpo_way"] = round(rate / report["ha_dpo_way"]["pairs_per_s"], 1)
     return result
 
 

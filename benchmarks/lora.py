@@ -89,10 +89,10 @@ def main() -> None:
     options = parser.parse_args()
     shape = SHAPES[options.family][options.tiny]
     if options.part:
-        made = peer(options, shape) if options.part in PEERS else ours(options, shape)
-        print(json.dumps(made))
+        measured = peer(options, shape) if options.part in PEERS else ours(options, shape)
+        print(json.dumps(measured))
         return
-    found: dict[str, Any] = {"device": device_name(), "versions": versions()}
+    report: dict[str, Any] = {"device": device_name(), "versions": versions()}
     write_model(options.work / "plain", shape, answers=False)
     size, count = shape.get("picture", (500, 375)), PAIRS * options.steps
     write_pairs(options.work / "lora_fixed", count, count, 0, size=size)
@@ -100,7 +100,7 @@ def main() -> None:
         write_pairs(options.work / "lora_context", count, count, 0, CONTEXT, size)
     if "mixed" in options.parts:
         write_pairs(options.work / "lora_mixed", count, count // 3, 2 * count // 3, size=size)
-    found["matmul"] = matmul()
+    report["matmul"] = matmul()
     if GPU:
         torch.cuda.empty_cache()
     flops = training_flops_of_pair(shape, *pair_tokens(shape), options.rank)
@@ -108,19 +108,19 @@ def main() -> None:
         run = subprocess.run([sys.executable, *sys.argv, "--part", part], stdout=subprocess.PIPE, text=True)
         last = run.stdout.strip().splitlines()[-1:]
         figures = json.loads(last[0]) if run.returncode == 0 else {"failed": run.returncode}
-        if part == "relook_context" and "pairs_per_s" in found.get("relook", {}):
-            figures["times_cost_of_relook"] = round(found["relook"]["pairs_per_s"] / figures["pairs_per_s"], 3)
+        if part == "relook_context" and "pairs_per_s" in report.get("relook", {}):
+            figures["times_cost_of_relook"] = round(report["relook"]["pairs_per_s"] / figures["pairs_per_s"], 3)
         elif "pairs_per_s" in figures and "mixed" not in part:
             figures["useful_tflops"] = round(figures["pairs_per_s"] * flops, 1)
-            figures["of_best_matmul"] = round(figures["useful_tflops"] / found["matmul"]["best_tflops"], 3)
-            figures["of_sustained_matmul"] = round(figures["useful_tflops"] / found["matmul"]["sustained_tflops"], 3)
-        found[part] = figures
+            figures["of_best_matmul"] = round(figures["useful_tflops"] / report["matmul"]["best_tflops"], 3)
+            figures["of_sustained_matmul"] = round(figures["useful_tflops"] / report["matmul"]["sustained_tflops"], 3)
+        report[part] = figures
         for name in PEERS:
-            if part in RUNS and "pairs_per_s" in found.get(name, {}) and not {"mixed", "context"} & {*part.split("_")}:
-                figures[f"times_{name}"] = round(figures["pairs_per_s"] / found[name]["pairs_per_s"], 2)
+            if part in RUNS and "pairs_per_s" in report.get(name, {}) and not {"mixed", "context"} & {*part.split("_")}:
+                figures[f"times_{name}"] = round(figures["pairs_per_s"] / report[name]["pairs_per_s"], 2)
         print(part, json.dumps(figures), flush=True)
         if options.out:
-            write_json(options.out, found)
+            write_json(options.out, report)
 
 
 # --- relook
@@ -156,14 +156,14 @@ def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
         }
     )
     first, *_, last = [line for line in read_json(train(recipe) / "run.json")["log"] if "pairs_per_second" in line]
-    most = peak()
+    peak_bytes = peak()
     if options.profile:
         with profiled(options.profile / f"{options.part}.txt", skip=options.steps // 2):
             train(replace(recipe, output_dir=f"{recipe.output_dir}-profiled"))
     return {
         "pairs_per_s": round(last["pairs_per_second"], 2),
         "tokens_per_s": round(last["tokens_per_second"]),
-        "peak_gib": most,
+        "peak_gib": peak_bytes,
         "first_loss": round(first["loss"], 4),  # ln 2 but for rounding: policy and reference are one model then
         "loss": round(last["loss"], 4),
     }

@@ -45,8 +45,8 @@ def run_seed(out: Path, seed: int, recipes: list[str]) -> None:
     base, world = shipped_base(), out / "world"
     layouts.write_vg(world, seed, PAIR_SCENES)
     layouts.write_eval(world, "test", seed, TEST_SCENES)
-    how = MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100)
-    mine_pairs(base, MiningSource(world / "vg", "toyworld", exclude=[world / "test"]), out / "mined", how)
+    settings = MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100)
+    mine_pairs(base, MiningSource(world / "vg", "toyworld", exclude=[world / "test"]), out / "mined", settings)
     mined = out / "mined" / "desc_data.json"
     write_json(out / "perfect.json", perfect_pairs(seed, set(read_json(mined))))
     print_row(seed, "base", None, "", scores(base, out, "base"))
@@ -70,23 +70,23 @@ def perfect_pair(scene: Scene) -> dict[str, list[str]]:
     wrong = list(names)
     wrong[rng.randrange(len(names))] = rng.choice([name for name in OBJECTS if name not in names])
     fillers, order = rng.randint(0, 2), rng.random()
-    texts = [describe_scene(said, scene.setting, fillers, random.Random(order)) for said in (names, wrong)]
+    texts = [describe_scene(objects, scene.setting, fillers, random.Random(order)) for objects in (names, wrong)]
     return {"chosen": texts[:1], "rejected": texts[1:]}
 
 
 def scores(model: Path, out: Path, name: str) -> dict[str, Any]:
     answers = out / "eval" / name
     evaluate_model(model, ["chair"], out / "world" / "test", answers, max_new_tokens=64, batch_size=100)
-    found: dict[str, Any] = read_json(answers / "chair.json")
-    return found
+    chair: dict[str, Any] = read_json(answers / "chair.json")
+    return chair
 
 
 def print_row(seed: int, name: str, pairs: Path | None, recipe: str, chair: dict[str, Any]) -> None:
-    held = list(read_json(pairs).values()) if pairs else []
-    long = length_statistics([(pair["chosen"][0], pair["rejected"][0]) for pair in held])
-    words = f"{long['chosen_words']} / {long['rejected_words']}" if held else ""
+    entries = list(read_json(pairs).values()) if pairs else []
+    long = length_statistics([(pair["chosen"][0], pair["rejected"][0]) for pair in entries])
+    words = f"{long['chosen_words']} / {long['rejected_words']}" if entries else ""
     rates = [f"{100 * chair[rate]:.1f}" for rate in RATES[:3]] + [f"{chair['length']:.1f}"]
-    print(f"| {seed} | {name} | {len(held) or ''} | {words} | {recipe} | {' | '.join(rates)} |", flush=True)
+    print(f"| {seed} | {name} | {len(entries) or ''} | {words} | {recipe} | {' | '.join(rates)} |", flush=True)
 
 
 if __name__ == "__main__":

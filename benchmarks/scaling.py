@@ -82,21 +82,21 @@ def main() -> None:
     if GPU:
         torch.cuda.empty_cache()
     before = read_json(options.out) if options.out and options.out.exists() else {}
-    found: dict[str, Any] = {**before, "device": device_name(), "versions": versions()}
+    report: dict[str, Any] = {**before, "device": device_name(), "versions": versions()}
     for count in counts:
         for job in filter(None, options.jobs.split(",")):
-            run(job, count, options, found)
-    efficiencies(found, counts)
-    print(json.dumps(found.get("efficiency"), indent=1))
+            run(job, count, options, report)
+    efficiencies(report, counts)
+    print(json.dumps(report.get("efficiency"), indent=1))
     if options.out:
-        write_json(options.out, found)
+        write_json(options.out, report)
 
 
-def run(job: str, count: int, options: argparse.Namespace, found: dict[str, Any]) -> None:
+def run(job: str, count: int, options: argparse.Namespace, report: dict[str, Any]) -> None:
     """One job on some GPUs; a failure is a result too."""
     if job.startswith("lora_") and job.removeprefix("lora_") not in (ALONE if count == 1 else STRATEGIES):
         return
-    if "rate" in found.get(f"{job} x{count}", {}):
+    if "rate" in report.get(f"{job} x{count}", {}):
         return
     name, out = f"{job} x{count}", options.work / "figures" / f"{job}-{count}.json"
     for old in ("runs", "first", "second", "answers"):  # what is there would not be made again
@@ -104,8 +104,8 @@ def run(job: str, count: int, options: argparse.Namespace, found: dict[str, Any]
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *sys.argv]
     started = time.perf_counter()
-    with (log := options.work / f"{job}-{count}.log").open("w") as said:
-        process = subprocess.Popen([*command, "--job", job], stdout=said, stderr=said, start_new_session=True)
+    with (log := options.work / f"{job}-{count}.log").open("w") as output:
+        process = subprocess.Popen([*command, "--job", job], stdout=output, stderr=output, start_new_session=True)
         try:
             failed = f"status {process.returncode}" if process.wait(options.limit) else ""
         except subprocess.TimeoutExpired:
@@ -116,23 +116,23 @@ def run(job: str, count: int, options: argparse.Namespace, found: dict[str, Any]
     text = log.read_text(errors="replace").partition("Root Cause")[0]
     lines = [line for line in text.splitlines() if "torch/distributed" not in line and line.strip()]
     error = "\n".join([failed, *lines[-40:]])[-3000:] if failed else ""
-    found[name] = read_json(out) if not error else {"failed": error}
-    found[name]["seconds_in_all"] = round(time.perf_counter() - started, 1)
-    print(name, json.dumps(found[name]) if not error else f"FAILED\n{error}", flush=True)
+    report[name] = read_json(out) if not error else {"failed": error}
+    report[name]["seconds_in_all"] = round(time.perf_counter() - started, 1)
+    print(name, json.dumps(report[name]) if not error else f"FAILED\n{error}", flush=True)
     if options.out:
-        write_json(options.out, found)
+        write_json(options.out, report)
 
 
-def efficiencies(found: dict[str, Any], counts: list[int]) -> None:
+def efficiencies(report: dict[str, Any], counts: list[int]) -> None:
     """Rates over that of one GPU times their number; relative differences of the losses from one GPU's."""
-    efficiency = found["efficiency"] = {}
-    for name, figures in list(found.items()):
+    efficiency = report["efficiency"] = {}
+    for name, figures in list(report.items()):
         job, _, count = name.partition(" x")
         if not count.isdigit() or count == "1" or "failed" in figures:
             continue
         bases = ["lora_ddp", "lora_flex"] if job.startswith("lora") else [job]
         for base in bases:
-            alone = found.get(f"{base} x1", {})
+            alone = report.get(f"{base} x1", {})
             if "rate" in alone:
                 efficiency[f"{name} beside {base}"] = round(figures["rate"] / int(count) / alone["rate"], 3)
             if "losses" in alone and count == "2":
@@ -146,8 +146,8 @@ def efficiencies(found: dict[str, Any], counts: list[int]) -> None:
 def work(options: argparse.Namespace) -> None:
     job = options.job
     jobs: dict[str, Callable[..., dict[str, Any]]] = {"cache": cache_pass, "pope": pope, "tp": tensor_parallel}
-    made = partial(lora, name=job.removeprefix("lora_")) if job.startswith("lora_") else jobs[job]
-    figures = made(options)
+    job_function = partial(lora, name=job.removeprefix("lora_")) if job.startswith("lora_") else jobs[job]
+    figures = job_function(options)
     figures["peak_gib_a_gpu"] = peak()
     if os.environ["RANK"] == "0":
         write_json(options.work / "figures" / f"{job}-{world()}.json", figures)
@@ -263,8 +263,8 @@ def pope(options: argparse.Namespace) -> dict[str, Any]:
     base = options.work / "base"
     for turn in ("first", "second"):
         out = options.work / f"pope-{world()}" / "answers" / turn
-        found = evaluation.evaluate_model(base, ["pope"], data, out, "v1", 64, 8, loading)
-    rows = sum(split["n"] for split in found["pope"].values() if isinstance(split, dict) and "n" in split)
+        scores = evaluation.evaluate_model(base, ["pope"], data, out, "v1", 64, 8, loading)
+    rows = sum(split["n"] for split in scores["pope"].values() if isinstance(split, dict) and "n" in split)
     return {"rate": round(rows / seconds[1], 1), "seconds": [round(second, 1) for second in seconds], "rows": rows}
 
 
@@ -285,11 +285,11 @@ def tensor_parallel(options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(2):
             sync()
             started = time.perf_counter()
-            said = model.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
+            tokens = model.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
             sync()
             seconds = time.perf_counter() - started
         figures[f"tokens_per_s_{rows}"] = round(rows * 64 / seconds, 1)
-        figures[f"first_tokens_{rows}"] = said[0, -64:][:8].tolist()
+        figures[f"first_tokens_{rows}"] = tokens[0, -64:][:8].tolist()
     return {"rate": figures["tokens_per_s_16"], **figures}
 
 

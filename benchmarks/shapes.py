@@ -292,12 +292,12 @@ def _write_image(size: tuple[int, int], path: Path) -> None:
     small.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def write_questions(folder: Path, processor: Any, images: int, each: int, tokens: int) -> list[Question]:
+def write_questions(folder: Path, processor: Any, images: int, questions_per_image: int, tokens: int) -> list[Question]:
     """Questions of so many random tokens on each of new images, no two alike: of a prompt only the image is shared."""
     rng, words = random.Random(0), sorted(word[1:] for word in processor.tokenizer.get_vocab() if word.startswith("▁"))
     paths = [folder / f"{number}.jpg" for number in range(images)]
     write_images(paths)
-    return [(path, " ".join(rng.choices(words, k=tokens))) for path in paths for _ in range(each)]
+    return [(path, " ".join(rng.choices(words, k=tokens))) for path in paths for _ in range(questions_per_image)]
 
 
 def write_pairs(
@@ -328,7 +328,7 @@ def write_pairs(
         sides = {side: [before + text(RESPONSE)] for side in ("chosen", "rejected")}
         described[str(number)] = {**sides, **({"context": before.strip()} if context else {})}
     write_json(folder / "desc_data.json", described)
-    asked = [
+    question_pairs = [
         {
             "image_id": descriptions + 1 + n % max(1, images - descriptions),
             "question": f"{question_text(rng.choice(words))} {n}",
@@ -339,7 +339,7 @@ def write_pairs(
         }
         for n in range(questions)
     ]
-    write_json(folder / "pope_data.json", asked)
+    write_json(folder / "pope_data.json", question_pairs)
 
 
 def write_pope(folder: Path, images: int) -> None:
@@ -352,9 +352,14 @@ def write_pope(folder: Path, images: int) -> None:
         lines = []
         for name in names:
             for k in range(6):
-                thing = f"thing {k}" if k % 2 == 0 else f"thing {k} of {s}"
+                object_name = f"thing {k}" if k % 2 == 0 else f"thing {k} of {s}"
                 label = "yes" if k % 2 == 0 else "no"
-                record = {"question_id": len(lines) + 1, "image": name, "text": question_text(thing), "label": label}
+                record = {
+                    "question_id": len(lines) + 1,
+                    "image": name,
+                    "text": question_text(object_name),
+                    "label": label,
+                }
                 lines.append(json.dumps(record))
         path = folder / "pope" / f"coco_pope_{split}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,8 +371,8 @@ def matmul() -> dict[str, float]:
     size = 8192 if GPU else 512
     a, b = (torch.randn(size, size, dtype=DTYPE, device=DEVICE) for _ in range(2))
     times = []
-    began = time.perf_counter()
-    while time.perf_counter() - began < 2:
+    start = time.perf_counter()
+    while time.perf_counter() - start < 2:
         sync()
         started = time.perf_counter()
         a @ b
@@ -469,19 +474,19 @@ def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int, ra
 def profiled(out: Path, skip: int) -> Iterator[None]:
     """Three steps of a training inside, after `skip` others, as a table of their kernels."""
 
-    def write(found: Any) -> None:
+    def write(profile: Any) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         key = "self_cuda_time_total" if GPU else "self_cpu_time_total"
-        out.write_text(found.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90))
+        out.write_text(profile.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90))
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
     profiler = profile(activities=kinds, schedule=schedule(wait=skip, warmup=1, active=3), on_trace_ready=write)
     step = RelookTrainer.training_step
 
     def training_step(*arguments: Any, **more: Any) -> Any:
-        made = step(*arguments, **more)
+        loss = step(*arguments, **more)
         profiler.step()
-        return made
+        return loss
 
     RelookTrainer.training_step = training_step  # type: ignore[method-assign]
     try:

@@ -252,7 +252,7 @@ class _Commands:
         changed = {n: getattr(mining, n) for n in names if getattr(mining, n) != getattr(defaults, n)}
         judge = {"judge": self.judge.address, "judge-model": self.judge.model} if self.judge else {}
         return _command(
-            ["relook", "mine"],
+            ["relook", "mine", *(["--complete"] if mining.complete else [])],
             {
                 "model": model,
                 "images": self.source.images,

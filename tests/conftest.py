@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import os
@@ -22,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As the command does, before transformers is imported: its bars would stand between the lines that tests read.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Threads that read a model's tensors ahead cost a sixth of loading one of a few kilobytes.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 # No test depends on how fast a machine is, and the same commit gives the same verdict.
 settings.register_profile("relook", deadline=None, derandomize=True, max_examples=40)
@@ -41,11 +44,14 @@ def settled() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_for_nobody() -> None:
-    """Work whose result nobody sees took 12 % of the suite's time.
+    """Work whose result nobody sees took 20 % of the suite's time.
 
     transformers formats every config that it loads for a log that is off; peft renders a model card for every adapter
-    that it saves; torch draws first weights for layers on the meta device, which have none, op by op in Python.
+    that it saves; torch draws first weights for layers on the meta device, which have none, op by op in Python; typer
+    inspects the signatures of all commands for each call of one, which a process makes once elsewhere.
     """
+    import typer.main
+    import typer.testing
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedConfig
@@ -54,6 +60,7 @@ def nothing_for_nobody() -> None:
         kind.reset_parameters = _unless_on_meta(kind.reset_parameters)  # type: ignore[method-assign]
     PreTrainedConfig.__repr__ = object.__repr__  # type: ignore[method-assign]
     PeftModel.create_or_update_model_card = lambda *_: None  # type: ignore[method-assign]
+    typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 
 
 def _unless_on_meta(reset: Callable[[Any], None]) -> Callable[[Any], None]:

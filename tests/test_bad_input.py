@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.tiny import dpo_keys, sft_keys
+from helpers.variants import crossed
 
 from relook.errors import DataError
 from relook.recipe import build_recipe
@@ -143,8 +144,7 @@ def test_a_bad_record_is_refused(kind: Any, fault: str, base: Path, world: Path,
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-@pytest.mark.parametrize("task", ["dpo", "sft"])
-@pytest.mark.parametrize("reason", ["image file missing", "cannot be decoded"])
+@pytest.mark.parametrize(("reason", "task"), crossed(["image file missing", "cannot be decoded"], ["dpo", "sft"]))
 def test_a_bad_image(reason: str, task: str, base: Path, world: Path, tmp_path: Path, capsys: Any) -> None:
     """All samples on it are lost, and named."""
     shutil.copytree(world, tmp_path / "world")

@@ -105,10 +105,10 @@ def test_captions_are_scored_without_boxes(tmp_path: Path) -> None:
     }
     (tmp_path / "instances.json").write_text(json.dumps(instances))
     (tmp_path / "captions.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "A dog and a cat."}))
-    found = score_command(
+    scores = score_command(
         "chair", [tmp_path / "captions.jsonl"], ScoringInputs(annotations=tmp_path / "instances.json")
     )
-    assert (found["chair_i"], found["recall"]) == (0.5, 1)
+    assert (scores["chair_i"], scores["recall"]) == (0.5, 1)
 
 
 def test_mentions_keep_their_place() -> None:
@@ -180,13 +180,13 @@ def test_score_by_hand() -> None:
         "d": "A car, a bus and a car.",  # only the bus is there
     }
     truth = {"a": {"dog", "person"}, "b": {"couch"}, "c": {"book"}, "d": {"bus"}, "other": {"zebra"}}
-    found = score_captions(captions, truth, coco_vocabulary())
-    assert found.images == ("a", "b", "c", "d")
-    assert found.mentioned == (3, 1, 0, 3)
-    assert found.hallucinated == (1, 0, 0, 2)
-    assert (found.covered, found.present) == ((1, 1, 0, 1), (2, 1, 1, 1))
-    assert found.words == (9, 2, 4, 7)
-    assert found.to_json() == {
+    score = score_captions(captions, truth, coco_vocabulary())
+    assert score.images == ("a", "b", "c", "d")
+    assert score.mentioned == (3, 1, 0, 3)
+    assert score.hallucinated == (1, 0, 0, 2)
+    assert (score.covered, score.present) == ((1, 1, 0, 1), (2, 1, 1, 1))
+    assert score.words == (9, 2, 4, 7)
+    assert score.to_json() == {
         "chair_i": 3 / 7,
         "chair_s": 0.5,
         "recall": 0.6,
@@ -197,8 +197,8 @@ def test_score_by_hand() -> None:
 
 
 def test_silence_shows() -> None:
-    found = score_captions({"a": "", "b": "Nice."}, {"a": {"dog"}, "b": {"cat"}}, coco_vocabulary())
-    assert (found.chair_i, found.chair_s, found.recall, found.empty) == (None, 0.0, 0.0, 1.0)
+    score = score_captions({"a": "", "b": "Nice."}, {"a": {"dog"}, "b": {"cat"}}, coco_vocabulary())
+    assert (score.chair_i, score.chair_s, score.recall, score.empty) == (None, 0.0, 0.0, 1.0)
     assert score_captions({}, {}, coco_vocabulary()).n == 0
 
 
@@ -227,25 +227,28 @@ def test_cocos_categories_bring_chairs_own_words() -> None:
 def coco(tmp_path: Path) -> Path:
     """Instances of all of COCO's categories: a dog and a couch on picture 7, a person on picture 8."""
     categories = [{"id": number, "name": name} for number, name in enumerate(COCO)]
-    there = [(7, "dog"), (7, "couch"), (8, "person")]
-    annotations = [{"image_id": i, "category_id": COCO.index(name), "bbox": [0, 0, 1, 1]} for i, name in there]
+    annotated = [(7, "dog"), (7, "couch"), (8, "person")]
+    annotations = [{"image_id": i, "category_id": COCO.index(name), "bbox": [0, 0, 1, 1]} for i, name in annotated]
     images = [{"id": i, "file_name": f"COCO_val2014_00000000000{i}.jpg"} for i in (7, 8)]
     path = tmp_path / "instances.json"
     path.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
-    said = [{"image_id": 7, "caption": "A puppy and a woman."}, {"image_id": 8, "caption": "A man."}]
-    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": said}))
+    captions = [{"image_id": 7, "caption": "A puppy and a woman."}, {"image_id": 8, "caption": "A man."}]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
     return path
 
 
 def test_captions_of_any_program_are_scored(coco: Path) -> None:
     """Synonyms count; so do the objects that people name, where their captions are given."""
     answers = coco.with_name("answers.json")  # the layout of COCO's caption results
-    said = [{"image_id": 8, "caption": "A man and his cat."}, {"image_id": 7, "caption": "A puppy, a sofa and a lady."}]
-    answers.write_text(json.dumps(said))
-    found = score_command("chair", [answers], ScoringInputs(annotations=coco))
-    assert (found["chair_i"], found["chair_s"], found["recall"], found["n"]) == (2 / 5, 1.0, 1.0, 2)
-    assert found["chair_s_ci"] == [1.0, 1.0]
-    assert found["provenance"]["truth"] == "instances"
+    captions = [
+        {"image_id": 8, "caption": "A man and his cat."},
+        {"image_id": 7, "caption": "A puppy, a sofa and a lady."},
+    ]
+    answers.write_text(json.dumps(captions))
+    scores = score_command("chair", [answers], ScoringInputs(annotations=coco))
+    assert (scores["chair_i"], scores["chair_s"], scores["recall"], scores["n"]) == (2 / 5, 1.0, 1.0, 2)
+    assert scores["chair_s_ci"] == [1.0, 1.0]
+    assert scores["provenance"]["truth"] == "instances"
     both = score_command("chair", [answers], ScoringInputs(annotations=coco, captions=coco.with_name("captions.json")))
     assert (both["chair_i"], both["chair_s"]) == (1 / 5, 0.5)
     assert both["provenance"]["truth"] == "instances and captions"
@@ -255,11 +258,11 @@ def test_a_pinned_list_decides_which_captions_count(coco: Path) -> None:
     answers, images = coco.with_name("answers.jsonl"), coco.with_name("images.txt")
     names = [f"COCO_val2014_00000000000{i}.jpg" for i in (7, 8)]
     answers.write_text("".join(json.dumps({"image": n, "text": "A man."}) + "\n" for n in names))
-    whole = score_command("chair", [answers], ScoringInputs(annotations=coco))
+    all_scores = score_command("chair", [answers], ScoringInputs(annotations=coco))
     images.write_text(f"{names[1]}\n")
-    found = score_command("chair", [answers], ScoringInputs(annotations=coco, images=images))
-    assert (whole["n"], found["n"], found["chair_i"]) == (2, 1, 0.0)
-    assert whole["image_list"] != found["image_list"] == found["provenance"]["image_list"]
+    scores = score_command("chair", [answers], ScoringInputs(annotations=coco, images=images))
+    assert (all_scores["n"], scores["n"], scores["chair_i"]) == (2, 1, 0.0)
+    assert all_scores["image_list"] != scores["image_list"] == scores["provenance"]["image_list"]
     answers.write_text(json.dumps({"image": names[0], "caption": "A dog."}))
     with pytest.raises(DataError, match=r"1 images of .*images\.txt have no caption: .*8\.jpg"):
         score_command("chair", [answers], ScoringInputs(annotations=coco, images=images))
@@ -306,14 +309,14 @@ def test_equal_coverage_by_hand() -> None:
     curves = [coverage_curve(captions, ANNOTATED) for captions in (talkative, silent)]
     assert [score.mentioned for score in curves[0]][:2] == [(0, 0), (1, 1)]
     assert curves[0][-1].chair_i == 3 / 6
-    found = equal_coverage(*curves)
-    assert found["recall"] == pytest.approx(2 / 3)
-    assert found["words"] == [2, 5]
-    assert found["recalls"] == [pytest.approx(2 / 3)] * 2
-    assert found["chair_i"] == [0, pytest.approx(1 / 3)]
-    assert found["difference"] == pytest.approx(1 / 3)
-    assert found["ci"][0] <= found["difference"] <= found["ci"][1]
-    assert found["curves"][0][1] == [2, pytest.approx(2 / 3), 0]
+    rows = equal_coverage(*curves)
+    assert rows["recall"] == pytest.approx(2 / 3)
+    assert rows["words"] == [2, 5]
+    assert rows["recalls"] == [pytest.approx(2 / 3)] * 2
+    assert rows["chair_i"] == [0, pytest.approx(1 / 3)]
+    assert rows["difference"] == pytest.approx(1 / 3)
+    assert rows["ci"][0] <= rows["difference"] <= rows["ci"][1]
+    assert rows["curves"][0][1] == [2, pytest.approx(2 / 3), 0]
 
 
 @given(st.lists(st.sampled_from(["dog", "cat", "a", "cup", "and"]), min_size=1, max_size=12))

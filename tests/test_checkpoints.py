@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import tiny_llava
+from helpers.tiny import save_tied, tiny_llava
+from helpers.variants import crossed
 from safetensors.torch import load_file, save_file
 
 from relook import LoadedModel, load_model
@@ -22,7 +23,6 @@ from relook.forward.policy import LiveBatch, Policy
 from relook.model.adapters import read_adapter
 from relook.model.checkpoint import FROM_LLAVA, parse_folder, read_tensor_file, read_tensor_folder, rename
 from relook.model.load import add_post_decoder
-from relook.toyworld.build import make_processor
 from relook.train.loss import dpo_sigmoid, negative_log_likelihood
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -192,9 +192,9 @@ def test_preference_loss_and_gradients(tiny: Path, tower: Path, name: str, refer
         if model is models[0]:
             near(log_probs, np.concatenate([saved["chosen_0_token_logps"], saved["reject_0_token_logps"]]))
         sums.append(packed.targets.sum_by_branch(log_probs))
-    for who, found in zip(("policy", "reference"), sums, strict=True):
-        for side, value in zip(("chosen", "rejected"), found, strict=True):
-            near(value[None], saved[f"{who}_{side}_logps"])
+    for model_name, summed in zip(("policy", "reference"), sums, strict=True):
+        for side, value in zip(("chosen", "rejected"), summed, strict=True):
+            near(value[None], saved[f"{model_name}_{side}_logps"])
     ratio = sums[0] - sums[1].detach()
     loss = dpo_sigmoid(ratio[:1], ratio[1:], beta=0.1)
     near(loss, saved["losses"])
@@ -240,8 +240,8 @@ def test_a_tower_in_the_file_counts_where_it_was_trained_only(tiny: Path, tower:
             if name.startswith("vision_model.") and not name.endswith("position_ids"):
                 tensors[f"model.vision_tower.vision_tower.{name}"] = tensor.read() + 0.01
         save_file(tensors, folder / "model.safetensors")
-        found = logits(load_model(folder, vision_tower=tower).model, tiny)
-        assert bool((found - base).abs().max() > 1e-2) == unfrozen
+        values = logits(load_model(folder, vision_tower=tower).model, tiny)
+        assert bool((values - base).abs().max() > 1e-2) == unfrozen
 
 
 def test_a_linear_projector_and_the_class_token(tiny: Path, tower: Path, tmp_path: Path) -> None:
@@ -322,18 +322,13 @@ def test_transformers_own_processor_gives_the_originals_ids(
 # Changes
 
 
-def toy(folder: Path) -> Path:
-    tiny_llava().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("prefix", ["base_model.model.model.", "model.", ""])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("prefix", "dtype"), crossed(["base_model.model.model.", "model.", ""], [torch.float32, torch.bfloat16])
+)
 def test_bare_tensors_of_head_projector_and_post_decoder(tmp_path: Path, prefix: str, dtype: torch.dtype) -> None:
-    base = toy(tmp_path / "base")
+    base = save_tied(tmp_path / "base")
     model = add_post_decoder(tiny_llava(), {"depth": 2}, torch.Generator().manual_seed(1))
-    wanted = {
+    expected = {
         name: (tensor + 0.25).to(dtype)
         for name, tensor in model.state_dict().items()
         if name.startswith(("model.post_decoder.", "model.multi_modal_projector.", "lm_head."))
@@ -342,18 +337,18 @@ def test_bare_tensors_of_head_projector_and_post_decoder(tmp_path: Path, prefix:
     (tmp_path / "run/config.json").write_text('{"post_decoder": {"depth": 2}}')
     head = prefix.removesuffix("model.") + "lm_head.weight"
     torch.save(
-        {head if n == "lm_head.weight" else prefix + n.removeprefix("model."): t for n, t in wanted.items()},
+        {head if n == "lm_head.weight" else prefix + n.removeprefix("model."): t for n, t in expected.items()},
         tmp_path / "run/non_lora_trainables.bin",
     )
     loaded = load_model(base, tmp_path / "run/non_lora_trainables.bin")
-    found = loaded.model.state_dict()
-    assert all(torch.equal(found[name], tensor.float()) for name, tensor in wanted.items())
+    tensors = loaded.model.state_dict()
+    assert all(torch.equal(tensors[name], tensor.float()) for name, tensor in expected.items())
     rest = tiny_llava().state_dict()
-    assert all(torch.equal(found[name], rest[name]) for name in rest.keys() - wanted.keys())
+    assert all(torch.equal(tensors[name], rest[name]) for name in rest.keys() - expected.keys())
 
 
 def test_a_post_decoder_whose_settings_nobody_knows(tmp_path: Path) -> None:
-    base = toy(tmp_path / "base")
+    base = save_tied(tmp_path / "base")
     model = add_post_decoder(tiny_llava(), {}, None)
     decoder = {n: t for n, t in model.state_dict().items() if n.startswith("model.post_decoder.")}
     save_file(decoder, tmp_path / "decoder.safetensors")
@@ -370,7 +365,7 @@ def test_an_adapters_settings_that_are_no_object(tiny: Path, tower: Path, tmp_pa
 
 
 def test_an_adapter_for_another_size_and_an_adapter_alone(tiny: Path, tower: Path, tmp_path: Path) -> None:
-    base = toy(tmp_path / "base")
+    base = save_tied(tmp_path / "base")
     with pytest.raises(RelookError, match=r"does not fit .*base: 18 tensors"):
         load_model(base, tiny / "lora_llava-tiny")
     with pytest.raises(RelookError, match=r"lm_head\.weight \[1024, 64\] on \[107, 128\]"):
@@ -383,7 +378,7 @@ def test_an_adapter_for_another_size_and_an_adapter_alone(tiny: Path, tower: Pat
 
 def test_quantised_models_stay_near(tmp_path: Path) -> None:
     """Toyworld's shapes on a CPU: eight bits stay closer than four, and the image side is not quantised."""
-    base = toy(tmp_path / "base")
+    base = save_tied(tmp_path / "base")
     ids = torch.tensor([[1, 5, 6, 7, 8, 9]])
     with torch.no_grad():
         full, eight, four = (load_model(base, bits=bits).model for bits in (16, 8, 4))
@@ -395,7 +390,7 @@ def test_quantised_models_stay_near(tmp_path: Path) -> None:
 
 
 def test_quantisation_without_bitsandbytes_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = toy(tmp_path / "base")
+    base = save_tied(tmp_path / "base")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RelookError, match=r"pip install 'relook\[quant\]'"):
         load_model(base, bits=4)
@@ -459,8 +454,8 @@ def test_text_under_a_weight_files_name(tiny: Path, tower: Path, tmp_path: Path,
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_a_truncated_file(tiny: Path, tower: Path, tmp_path: Path, file: str, share: float) -> None:
     folder = copied((tiny / file).parent, tmp_path / "m")
-    whole = (tiny / file).read_bytes()
-    (folder / Path(file).name).write_bytes(whole[: int(len(whole) * share)])
+    content = (tiny / file).read_bytes()
+    (folder / Path(file).name).write_bytes(content[: int(len(content) * share)])
     with pytest.raises(RelookError, match=rf"{Path(file).name} is (broken|refused)"):
         load_model(folder, vision_tower=tower)
 
@@ -565,7 +560,7 @@ def test_lora_on_a_half_precision_base_is_rounded_once(tiny: Path, tower: Path, 
 def test_a_lora_run_of_relook_names_its_base_and_is_merged(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    base, run = toy(tmp_path / "base"), tmp_path / "run"
+    base, run = save_tied(tmp_path / "base"), tmp_path / "run"
     model = get_peft_model(load_model(base).model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -592,7 +587,7 @@ def test_a_lora_run_of_relook_names_its_base_and_is_merged(tmp_path: Path) -> No
     ],
 )
 def test_runs_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    base, run = toy(tmp_path / "base"), tmp_path / "run"
+    base, run = save_tied(tmp_path / "base"), tmp_path / "run"
     run.mkdir()
     model = add_post_decoder(tiny_llava(), {}, None)
     save_file(

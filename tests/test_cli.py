@@ -142,9 +142,9 @@ def test_a_broken_image_is_dropped_and_counted_or_an_error(
     ended = relook(*words, "--output_dir", tmp_path / "dropping")
     assert ended.status == 0
     assert "dropped:" in ended.err
-    found = json.loads((tmp_path / "dropping" / "run.json").read_text())
-    assert found["samples"] == 20
-    assert broken.name in " ".join(found["dropped"]["faults"])
+    record = json.loads((tmp_path / "dropping" / "run.json").read_text())
+    assert record["samples"] == 20
+    assert broken.name in " ".join(record["dropped"]["faults"])
 
 
 # --- eval, score, mine, report, demo
@@ -190,10 +190,10 @@ def test_score_writes_the_contracts_keys(relook: Command, tmp_path: Path) -> Non
     files = ("--questions", tmp_path / "q.json", "--answers", tmp_path / "a.jsonl", "--json", tmp_path / "s.json")
     ended = relook("score", "pope", *files)
     assert ended.status == 0, ended.err
-    found = json.loads((tmp_path / "s.json").read_text())
-    assert json.loads(ended.out) == found
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert json.loads(ended.out) == scores
     expected = {"tp": 3, "fp": 0, "tn": 0, "fn": 0, "accuracy": 1.0, "precision": 1.0, "recall": 1.0, "f1": 1.0}
-    assert found.items() >= {**expected, "yes_ratio": 1.0, "n": 3, "parser": "official"}.items()
+    assert scores.items() >= {**expected, "yes_ratio": 1.0, "n": 3, "parser": "official"}.items()
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,14 @@ def test_the_public_names_are_listed_documented_and_loaded_late() -> None:
     assert ended.stdout.strip() == "[]"
 
 
+def test_reports_and_checks_of_data_do_without_torch() -> None:
+    """Its import and that of transformers take seconds, which a page of scores need not wait for."""
+    names = ["report.pages", "report.comparison", "report.sweep_page", "report.align_page", "data.check"]
+    code = f"import sys; {'; '.join(f'import relook.{name}' for name in names)}; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "False"
+
+
 def test_the_wheel_takes_every_file() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["relook"]

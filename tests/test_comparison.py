@@ -147,7 +147,7 @@ def test_a_page_is_bounded(
         for split in SPLITS
         for q in read_pope_questions(data / "pope" / f"coco_pope_{split}.json", Path())
     }
-    other = write_evaluation(tmp_path / "other", data, everything, dict.fromkeys(images, "A dog and a dog." * 400))
+    other = write_evaluation(tmp_path / "other", data, everything, dict.fromkeys(images, "A dog and a dog." * 160))
     monkeypatch.setattr(comparison, "PICTURES", 2)
     lost = data / "val2014" / images[0]
     lost.unlink()

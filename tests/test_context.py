@@ -14,6 +14,7 @@ import torch
 from helpers.damaged import encoded
 from helpers.reference import IMAGE_ID, reference_tokenizer
 from helpers.tiny import dpo_keys, pixels, tiny_llava
+from helpers.variants import crossed
 from test_loss import recipe, separate
 from test_trl import padded, theirs
 
@@ -61,16 +62,21 @@ def with_context(context: str, complete: bool = True) -> PreferencePair:
     return PreferencePair("p", PAIR.images, PAIR.prompt, PAIR.chosen, PAIR.rejected, context, complete)
 
 
-@pytest.mark.parametrize("variant", ["llama_full_32000/legacy_false", "llama_cut_1024/legacy_true"])
-@pytest.mark.parametrize("context", [CONTEXT, f"{CONTEXT} ", f"{CONTEXT} There is a", "There is a re"])
+@pytest.mark.parametrize(
+    ("context", "variant"),
+    crossed(
+        [CONTEXT, f"{CONTEXT} ", f"{CONTEXT} There is a", "There is a re"],
+        ["llama_full_32000/legacy_false", "llama_cut_1024/legacy_true"],
+    ),
+)
 def test_a_context_changes_what_is_supervised_and_no_id(
     context: str, variant: str, refdata: Path, tmp_path: Path
 ) -> None:
     """A token across its end is supervised, wherever white space stands; all tokens before are prefix."""
     encode = Encoder(reference_tokenizer(refdata, tmp_path, variant), get_template("v1"), IMAGE_ID, 1)
     answers = (PAIR.chosen, PAIR.rejected)
-    whole, cut = (encode.pair(with_context(text)) for text in ("", context))
-    for row, expected, answer in zip(rows_of(cut), rows_of(whole), answers, strict=True):
+    complete, cut = (encode.pair(with_context(text)) for text in ("", context))
+    for row, expected, answer in zip(rows_of(cut), rows_of(complete), answers, strict=True):
         assert row.ids == expected.ids
         remainder = f"{answer[len(context) :]}</s>".replace(" ", "")
         texts = [encode.tokenizer.decode(targets(row)[start:]).replace(" ", "") for start in (0, 1)]
@@ -80,8 +86,8 @@ def test_a_context_changes_what_is_supervised_and_no_id(
 
 def test_an_answer_that_breaks_off_has_no_end_mark() -> None:
     encode = encoder(tiny_llava())
-    whole, cut = (encode.pair(with_context(CONTEXT, complete)) for complete in (True, False))
-    for row, other in zip(rows_of(whole), rows_of(cut), strict=True):
+    complete_pair, cut = (encode.pair(with_context(CONTEXT, complete)) for complete in (True, False))
+    for row, other in zip(rows_of(complete_pair), rows_of(cut), strict=True):
         assert row.ids[:-1] == other.ids
         assert row.supervised[:-1] == other.supervised
         assert row.ids[-1] == encode.tokenizer.eos_token_id
@@ -108,10 +114,10 @@ def log_probs_of(model: Any, examples: list[Example]) -> tuple[Any, torch.Tensor
 def test_log_probs_are_those_of_separate_rows() -> None:
     model = tiny_llava()
     _, examples = batch_of(model)
-    _, found = log_probs_of(model, examples)
+    _, log_probs = log_probs_of(model, examples)
     pictures = pixels(2)
     parts = [separate(model, row, picture) for e, picture in zip(examples, pictures, strict=True) for row in rows_of(e)]
-    torch.testing.assert_close(found, torch.cat(parts), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_probs, torch.cat(parts), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -131,9 +137,9 @@ def test_log_probs_and_loss_are_trls_with_the_context_in_the_prompt(tmp_path: Pa
                 TokenRow((*before, *ids), (False,) * (len(before) + len(prompt)) + (True,) * (len(ids) - len(prompt)))
             )
     assert rows == rows_of(examples[0])
-    policy_targets, found = log_probs_of(model, examples[:1])
+    policy_targets, log_probs = log_probs_of(model, examples[:1])
     _, by_reference = log_probs_of(reference, examples[:1])
-    loss, fields = preference_loss(recipe(), found, policy_targets, by_reference, torch.ones_like(found))
+    loss, fields = preference_loss(recipe(), log_probs, policy_targets, by_reference, torch.ones_like(log_probs))
     trainer = theirs(model, "DPO", tmp_path)
     ids, there, answer = padded(rows)
     inputs = {"input_ids": ids, "attention_mask": there, "completion_mask": answer}

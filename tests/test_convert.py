@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import tiny_llava
+from helpers.tiny import save_tied, tiny_llava
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -30,7 +30,6 @@ from relook.model.checkpoint import ADAPTER_FILE, KEPT, read_tensor_folder, weig
 from relook.model.export import WriteOptions, convert_model, export_model, merge_adapter
 from relook.model.lazy_model import open_folder
 from relook.model.load import TENSORS_FILE, add_post_decoder
-from relook.toyworld.build import make_processor
 
 FAST = WriteOptions(check=False)
 
@@ -38,9 +37,7 @@ FAST = WriteOptions(check=False)
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     """A llava-hf folder with a processor and weights of its own."""
-    tiny_llava().save_pretrained(tmp_path / "toy")
-    make_processor().save_pretrained(tmp_path / "toy")
-    return tmp_path / "toy"
+    return save_tied(tmp_path / "toy")
 
 
 def same_tensors(first: Path, second: Path) -> bool:
@@ -62,8 +59,8 @@ def decoder_run(base: Path, out: Path, head: bool = True) -> Path:
 
 def test_llava_to_hf_and_back(tiny: Path, tower: Path, tmp_path: Path) -> None:
     source, hf, back = tiny / "ckpt_bin_sharded", tmp_path / "hf", tmp_path / "back"
-    how = WriteOptions(vision_tower=tower, shard_gb=3e-4)
-    assert convert_model(source, hf, "hf", how) == 0
+    options = WriteOptions(vision_tower=tower, shard_gb=3e-4)
+    assert convert_model(source, hf, "hf", options) == 0
     assert len(weight_files(hf)) > 2
     assert convert_model(hf, back, "llava") == 0
     assert same_tensors(source, back)
@@ -80,9 +77,9 @@ def test_llava_to_hf_and_back(tiny: Path, tower: Path, tmp_path: Path) -> None:
     of_tower = {
         n: t for n, t in read_tensor_folder(tower).items() if n.startswith("vision_model.") and "position_ids" not in n
     }
-    kept = read_tensor_folder(back / "vision_tower")
-    assert kept.keys() == of_tower.keys()
-    assert all(torch.equal(kept[name].read(), of_tower[name].read()) for name in kept)
+    tower_tensors = read_tensor_folder(back / "vision_tower")
+    assert tower_tensors.keys() == of_tower.keys()
+    assert all(torch.equal(tower_tensors[name].read(), of_tower[name].read()) for name in tower_tensors)
 
 
 def test_hf_to_llava_and_back(toy: Path, tmp_path: Path) -> None:
@@ -111,9 +108,9 @@ def test_a_converted_folder_in_plain_transformers(tiny: Path, tower: Path, tmp_p
     torch.testing.assert_close(logits[0], torch.from_numpy(saved["logits"]), atol=1e-4, rtol=0)
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     image = Image.open(tiny / "inputs/image_B.png").convert("RGB")
-    given = processor(images=image, text="USER: <image>\nWhat? ASSISTANT:", return_tensors="pt")
-    assert (given["input_ids"] == token).sum() == 16
-    torch.testing.assert_close(given["pixel_values"], torch.from_numpy(saved["pixel_values"]), atol=1e-4, rtol=0)
+    inputs = processor(images=image, text="USER: <image>\nWhat? ASSISTANT:", return_tensors="pt")
+    assert (inputs["input_ids"] == token).sum() == 16
+    torch.testing.assert_close(inputs["pixel_values"], torch.from_numpy(saved["pixel_values"]), atol=1e-4, rtol=0)
 
 
 def test_a_linear_projector_becomes_one_again(tiny: Path, tower: Path, tmp_path: Path) -> None:
@@ -133,10 +130,10 @@ def test_a_linear_projector_becomes_one_again(tiny: Path, tower: Path, tmp_path:
 
 @torch.no_grad()
 def test_merged_lora_and_head_give_the_originals_logits(tiny: Path, tower: Path, tmp_path: Path) -> None:
-    how = WriteOptions(vision_tower=tower)
+    options = WriteOptions(vision_tower=tower)
     saved = np.load(tiny / "outputs/case_A.npz")
     for change, output in (("lora_llava-tiny", "lora_A"), ("head_fp32/non_lora_trainables.bin", "head_fp32_A")):
-        assert merge_adapter(tiny / "ckpt_bin_sharded", tiny / change, tmp_path / output, None, how) == 0
+        assert merge_adapter(tiny / "ckpt_bin_sharded", tiny / change, tmp_path / output, None, options) == 0
         model = load_model(tmp_path / output).model
         token = model.config.image_token_id
         ids = [i for id in saved["input_ids"] for i in ([token] * 16 if id == -200 else [int(id)])]
@@ -152,11 +149,11 @@ def test_stages_take_what_replace_bin_took(toy: Path, tmp_path: Path) -> None:
     def merged(source: Path, change: Path, stage: int) -> dict[str, bool]:
         out = tmp_path / f"{source.name}-{change.name}-{stage}"
         merge_adapter(source, change, out, stage, FAST)
-        found = open_folder(out).tensors
-        assert found.keys() == base.keys() | {n for n in trained if "post_decoder" in n} | {"lm_head.weight"}
-        head = found["lm_head.weight"].read() if "lm_head.weight" in found else None
-        assert all(torch.equal(found[n].read(), trained[n]) for n in trained if "post_decoder" in n)
-        assert all(torch.equal(found[n].read(), base[n].read()) for n in base if n != "lm_head.weight")
+        tensors = open_folder(out).tensors
+        assert tensors.keys() == base.keys() | {n for n in trained if "post_decoder" in n} | {"lm_head.weight"}
+        head = tensors["lm_head.weight"].read() if "lm_head.weight" in tensors else None
+        assert all(torch.equal(tensors[n].read(), trained[n]) for n in trained if "post_decoder" in n)
+        assert all(torch.equal(tensors[n].read(), base[n].read()) for n in base if n != "lm_head.weight")
         return {"head": head is not None and torch.equal(head, trained["lm_head.weight"])}
 
     untied = tmp_path / "untied"

@@ -22,17 +22,17 @@ from relook import doctor
 from relook.doctor import FAIL, KNOWN_WARNINGS, NOTE, OK, WARN, CheckResult, find_known_warnings, run_checks, to_json
 
 
-def state(found: list[CheckResult], check: str) -> str:
-    return next(one.state for one in found if one.check == check)
+def state(results: list[CheckResult], check: str) -> str:
+    return next(one.state for one in results if one.check == check)
 
 
 def test_the_environment_of_the_tests_is_healthy(relook: Command) -> None:
     ended = relook("doctor", "--json")
-    found = json.loads(ended.out)
-    failures = [one for one in found["findings"] if one["state"] == FAIL]
-    assert (ended.status, found["healthy"], failures) == (0, True, [])
-    named = {one["check"] for one in found["findings"]}
-    assert {"Python", "torch", "transformers", "bf16", "FlexAttention", "disk", "HF cache", "CPU", "NCCL"} <= named
+    report = json.loads(ended.out)
+    failures = [one for one in report["findings"] if one["state"] == FAIL]
+    assert (ended.status, report["healthy"], failures) == (0, True, [])
+    checks = {one["check"] for one in report["findings"]}
+    assert {"Python", "torch", "transformers", "bf16", "FlexAttention", "disk", "HF cache", "CPU", "NCCL"} <= checks
 
 
 def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.MonkeyPatch, relook: Command) -> None:
@@ -44,10 +44,10 @@ def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.Monke
         return {"transformers": "4.37.2", "pyarrow": "3.0"}.get(name) or real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    found = list(doctor._libraries())
-    assert state(found, "peft") == state(found, "transformers") == FAIL
-    assert (state(found, "bitsandbytes [quant]"), state(found, "pyarrow [data]")) == (NOTE, WARN)
-    [peft] = [one for one in found if one.check == "peft"]
+    results = list(doctor._libraries())
+    assert state(results, "peft") == state(results, "transformers") == FAIL
+    assert (state(results, "bitsandbytes [quant]"), state(results, "pyarrow [data]")) == (NOTE, WARN)
+    [peft] = [one for one in results if one.check == "peft"]
     assert (peft.message, peft.fix) == ("not installed", "pip install 'peft<0.22,>=0.18'")
     ended = relook("doctor")
     assert ended.status == 1
@@ -58,11 +58,11 @@ def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.Monke
 
 def test_without_torch_the_other_checks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # what an import then finds
-    found = run_checks()
-    assert [one.message for one in found if one.check == "FlexAttention"] == ["torch is not installed"]
-    assert state(found, "disk") in (OK, WARN)
-    assert state(found, "numpy") == OK
-    assert not to_json(found)["healthy"]
+    results = run_checks()
+    assert [one.message for one in results if one.check == "FlexAttention"] == ["torch is not installed"]
+    assert state(results, "disk") in (OK, WARN)
+    assert state(results, "numpy") == OK
+    assert not to_json(results)["healthy"]
 
 
 def test_a_check_that_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,9 +70,11 @@ def test_a_check_that_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA driver initialization failed\nand more lines")
 
     monkeypatch.setattr(torch.cuda, "is_available", broken)
-    found = run_checks()
-    assert [one.message for one in found if one.check == "bf16"] == ["RuntimeError: CUDA driver initialization failed"]
-    assert state(found, "memory") == OK
+    results = run_checks()
+    assert [one.message for one in results if one.check == "bf16"] == [
+        "RuntimeError: CUDA driver initialization failed"
+    ]
+    assert state(results, "memory") == OK
 
 
 def test_little_room_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +87,8 @@ def test_little_room_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_metadata_is_read_where_there_is_no_pyproject(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "relook" / "doctor.py"))
-    found = list(doctor._libraries())
-    assert state(found, "transformers") == OK
+    results = list(doctor._libraries())
+    assert state(results, "transformers") == OK
     assert [one.state for one in doctor._python()] == [OK]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.reference import IGNORE, IMAGE_ID, reference_tokenizer, v1_labels
+from helpers.variants import variants
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -29,10 +30,10 @@ IMAGE = Path("image.png")
 @pytest.fixture(scope="session")
 def tokenizers(refdata: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tokenizers")
-    made = {variant: reference_tokenizer(refdata, folder, variant) for variant in VARIANTS}
-    made["chatml"] = reference_tokenizer(refdata, folder / "chatml", VARIANTS[0])
-    made["chatml"].add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    return made
+    by_variant = {variant: reference_tokenizer(refdata, folder, variant) for variant in VARIANTS}
+    by_variant["chatml"] = reference_tokenizer(refdata, folder / "chatml", VARIANTS[0])
+    by_variant["chatml"].add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return by_variant
 
 
 def encoder(tokenizer: Any, template: str = "v1", **options: Any) -> Encoder:
@@ -61,7 +62,7 @@ def turns_of(messages: list[dict[str, str]]) -> list[tuple[str, str]]:
     return [(a["value"], s["value"]) for a, s in zip(messages[::2], messages[1::2], strict=True)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", variants(VARIANTS, (VARIANTS[0], VARIANTS[3])))
 def test_ids_and_labels_of_the_original_trainer(refdata: Path, tokenizers: dict[str, Any], variant: str) -> None:
     cases = json.loads((refdata / "llava_tiny/training/preprocess_v1.json").read_text())["cases"]
     assert len(cases) == 4
@@ -80,8 +81,8 @@ def test_hadpo_pins_differ_in_the_tokens_after_an_end_only(refdata: Path, tokeni
     pins = json.loads((refdata / "llava_tiny/training/preprocess_v1_hadpo_pins.json").read_text())["cases"]
     cases = json.loads((refdata / "llava_tiny/training/preprocess_v1.json").read_text())["cases"]
     differing = set()
-    for name, variants in pins.items():
-        for variant, pinned in variants.items():
+    for name, by_variant in pins.items():
+        for variant, pinned in by_variant.items():
             if pinned["same_input_ids"]:
                 continue
             differing.add((name, variant))
@@ -98,8 +99,8 @@ def test_hadpo_pins_differ_in_the_tokens_after_an_end_only(refdata: Path, tokeni
 
 @pytest.mark.parametrize("name", ["dpo_A", "dpo_B_same_reference"])
 def test_pairs_of_the_original_dpo_trainer(refdata: Path, tokenizers: dict[str, Any], name: str) -> None:
-    made = json.loads((refdata / f"llava_tiny/training/{name}.json").read_text())
-    [(asked, chosen)], [(_, rejected)] = (turns_of(made["pairs"][0][side]) for side in ("chosen", "rejected"))
+    case = json.loads((refdata / f"llava_tiny/training/{name}.json").read_text())
+    [(asked, chosen)], [(_, rejected)] = (turns_of(case["pairs"][0][side]) for side in ("chosen", "rejected"))
     pair = PreferencePair("p", (IMAGE,), asked.removeprefix("<image>\n"), chosen, rejected)
     both = rows(encoder(tokenizers[TINY]).pair(pair))
     with np.load(refdata / f"llava_tiny/training/{name}.npz") as arrays:
@@ -111,11 +112,13 @@ def test_pairs_of_the_original_dpo_trainer(refdata: Path, tokenizers: dict[str, 
 
 @pytest.mark.parametrize("case", ["case_A", "case_B", "text_only"])
 def test_open_prompts_of_the_original(refdata: Path, tokenizers: dict[str, Any], case: str) -> None:
-    made = json.loads((refdata / f"llava_tiny/outputs/{case}.json").read_text())
-    *history, (text, _) = made.get("turns", [("What is 12 plus 30?", None)])
-    history = [Turn(asked, answered) for asked, answered in history]
-    ids = encoder(tokenizers[TINY], made.get("conv_mode", "v1")).prompt(text, len(made.get("images", [])), history)
-    assert list(ids) == made["input_ids"]
+    case_record = json.loads((refdata / f"llava_tiny/outputs/{case}.json").read_text())
+    *history, (text, _) = case_record.get("turns", [("What is 12 plus 30?", None)])
+    history = [Turn(prompt, answered) for prompt, answered in history]
+    ids = encoder(tokenizers[TINY], case_record.get("conv_mode", "v1")).prompt(
+        text, len(case_record.get("images", [])), history
+    )
+    assert list(ids) == case_record["input_ids"]
 
 
 # Text of all sorts, with what a template itself writes among it.
@@ -213,13 +216,13 @@ def test_a_token_that_is_half_answer_is_refused(tokenizers: dict[str, Any]) -> N
 
 
 def test_images_and_placeholders_must_agree(tokenizers: dict[str, Any]) -> None:
-    made = encoder(tokenizers[TINY])
+    encode = encoder(tokenizers[TINY])
     with pytest.raises(DataError, match=r"Sample x has 0 <image>, but 1 images"):
-        made.conversation(Conversation("x", (IMAGE,), (Turn("Q", "A"),)))
+        encode.conversation(Conversation("x", (IMAGE,), (Turn("Q", "A"),)))
     with pytest.raises(DataError, match=r"Sample p has <image> in an answer"):
-        made.pair(PreferencePair("p", (IMAGE,), "Q", "an <image>", "A"))
+        encode.pair(PreferencePair("p", (IMAGE,), "Q", "an <image>", "A"))
     with pytest.raises(DataError, match=r"The prompt has 1 <image>, but 2 images"):
-        made.prompt("<image> Q", images=2)
+        encode.prompt("<image> Q", images=2)
 
 
 def test_conversations_share_a_tree_where_their_image_lies_in_its_prefix(tokenizers: dict[str, Any]) -> None:
@@ -248,13 +251,13 @@ def test_conversations_share_a_tree_where_their_image_lies_in_its_prefix(tokeniz
 
 
 def test_prompts_with_no_and_several_images(tokenizers: dict[str, Any]) -> None:
-    made = encoder(tokenizers[TINY])
-    assert made.prompt("Q") == made.prompt("<image>\nQ")
-    assert made.prompt("Q", images=2) == made.prompt("<image>\n<image>\nQ", images=2)
-    assert made.prompt("Q", images=2).count(IMAGE_ID) == 2
-    assert IMAGE_ID not in made.prompt("Q", images=0)
-    first = made.prompt("And now?", images=1, history=[Turn("Q", "A")])
-    assert first == made.prompt("And now?", images=1, history=[Turn("<image>\nQ", "A")])
+    encode = encoder(tokenizers[TINY])
+    assert encode.prompt("Q") == encode.prompt("<image>\nQ")
+    assert encode.prompt("Q", images=2) == encode.prompt("<image>\n<image>\nQ", images=2)
+    assert encode.prompt("Q", images=2).count(IMAGE_ID) == 2
+    assert IMAGE_ID not in encode.prompt("Q", images=0)
+    first = encode.prompt("And now?", images=1, history=[Turn("Q", "A")])
+    assert first == encode.prompt("And now?", images=1, history=[Turn("<image>\nQ", "A")])
     three = Encoder(tokenizers[TINY], get_template("v1"), IMAGE_ID, 3)
     assert three.prompt("Q").count(IMAGE_ID) == 3
 
@@ -323,8 +326,8 @@ def test_a_loaded_model_s_encoder_knows_its_embeddings(base: Path) -> None:
 def test_toyworld_s_words_keep_their_tokens() -> None:
     """A word-level tokenizer: ids by hand from its vocabulary, and nothing unknown at line breaks."""
     tokenizer = make_processor().tokenizer
-    made = Encoder(tokenizer, get_template("llava_hf"), tokenizer.convert_tokens_to_ids("<image>"), 2)
-    example = made.conversation(sample(("<image>\nIs there a dog?", "Yes"), ("Is there a cat?", "No")))
+    encode = Encoder(tokenizer, get_template("llava_hf"), tokenizer.convert_tokens_to_ids("<image>"), 2)
+    example = encode.conversation(sample(("<image>\nIs there a dog?", "Yes"), ("Is there a cat?", "No")))
     [(ids, labels)] = rows(example)
     assert " ".join(tokenizer.convert_ids_to_tokens(ids)) == (
         "<s> ▁USER : <image> <image> ▁Is ▁there ▁a ▁dog ? ▁ASSISTANT : ▁Yes </s> "

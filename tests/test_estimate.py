@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.command import Command
 from helpers.tiny import dpo_keys, sft_keys
+from helpers.variants import crossed
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -65,22 +66,22 @@ class Held:
 @contextmanager
 def saved(owned: list[Tensor]) -> Iterator[list[weakref.ref[Held]]]:
     """What autograd saves meanwhile, but for what a model owns."""
-    found: list[weakref.ref[Held]] = []
-    own = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    references: list[weakref.ref[Held]] = []
+    model_storages = {tensor.untyped_storage().data_ptr() for tensor in owned}
 
     def keep(tensor: Tensor) -> Held:
         held = Held(tensor)
-        if tensor.untyped_storage().data_ptr() not in own:
-            found.append(weakref.ref(held))
+        if tensor.untyped_storage().data_ptr() not in model_storages:
+            references.append(weakref.ref(held))
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
-        yield found
+        yield references
 
 
-def size(found: list[weakref.ref[Held]]) -> int:
+def size(references: list[weakref.ref[Held]]) -> int:
     """Bytes of what is still needed, memory that several tensors share counted once."""
-    storages = [held.tensor.untyped_storage() for held in (ref() for ref in found) if held is not None]
+    storages = [held.tensor.untyped_storage() for held in (ref() for ref in references) if held is not None]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -123,10 +124,10 @@ def kept_by_a_layer(
         embeds.requires_grad_(kind == "frozen")  # a projector below trains
         mask = None if backend else torch.ones(row, row, dtype=torch.bool).tril()[None, None]
         low = torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32)
-        with saved(list(model.parameters())) as found, low:
+        with saved(list(model.parameters())) as references, low:
             output = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         assert output.last_hidden_state.requires_grad  # and holds the graph
-        sizes.append(size(found))
+        sizes.append(size(references))
     return sizes[1] - sizes[0]
 
 
@@ -134,21 +135,20 @@ ATTENTION_ONLY = {"target_modules": ["q_proj", "v_proj"]}
 NO_ATTENTION = {"target_modules": ["gate_proj", "down_proj"]}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("kind", "kv_heads", "lora"),
-    [
-        ("lora", 4, {}),
-        ("lora", 2, {"r": 3}),
-        ("lora", 4, ATTENTION_ONLY),
-        ("lora", 4, NO_ATTENTION),
-        ("lora", 4, {"use_dora": True}),
-        ("full", 4, {}),
-        ("frozen", 2, {}),
-    ],
-    ids=str,
-)
-def test_a_layer_keeps_what_is_said(dtype: torch.dtype, kind: str, kv_heads: int, lora: dict[str, Any]) -> None:
+LAYERS = [
+    ("lora", 4, {}),
+    ("lora", 2, {"r": 3}),
+    ("full", 4, {}),
+    ("lora", 4, ATTENTION_ONLY),
+    ("lora", 4, {"use_dora": True}),
+    ("frozen", 2, {}),
+    ("lora", 4, NO_ATTENTION),
+]
+
+
+@pytest.mark.parametrize(("layer", "dtype"), crossed(LAYERS, [torch.bfloat16, torch.float32]))
+def test_a_layer_keeps_what_is_said(layer: tuple[str, int, dict[str, Any]], dtype: torch.dtype) -> None:
+    kind, kv_heads, lora = layer
     model, low = language_model(1, kind, dtype, kv_heads, lora), dtype.itemsize
     attention, mlp = decoder_layer_bytes(
         model.layers[0], model.config, ROW, "dense", low, mixed_precision=low < 4, dropout=0.0
@@ -196,8 +196,8 @@ def test_a_budget_is_kept(kind: str, lora: dict[str, Any], budget: float) -> Non
     )
     with torch._functorch.config.patch(activation_memory_budget=budget):
         real = kept_by_a_layer(kind, torch.bfloat16, 4, lora, PARTITIONED, row)
-    said = saved_within_budget(budget, row * WIDTH * (4 if kind == "full" else 2), (attention, row), (mlp, row))
-    assert said == pytest.approx(real, abs=0.07 * (attention.of(row) + mlp.of(row)))  # a tensor is kept or not
+    estimated = saved_within_budget(budget, row * WIDTH * (4 if kind == "full" else 2), (attention, row), (mlp, row))
+    assert estimated == pytest.approx(real, abs=0.07 * (attention.of(row) + mlp.of(row)))  # a tensor is kept or not
 
 
 # --- a step
@@ -205,8 +205,8 @@ def test_a_budget_is_kept(kind: str, lora: dict[str, Any], budget: float) -> Non
 
 def planned(recipe: Recipe) -> Job:
     source = open_meta_model(recipe)
-    whole = build_meta_policy(recipe, build_on_meta(recipe, source), sharded=False)
-    return build_job(recipe, whole, read_lengths(recipe, source, whole.core, AssumedData()), 80, 1, sharded=False)
+    policy = build_meta_policy(recipe, build_on_meta(recipe, source), sharded=False)
+    return build_job(recipe, policy, read_lengths(recipe, source, policy.core, AssumedData()), 80, 1, sharded=False)
 
 
 REGIMES: dict[str, dict[str, Any]] = {
@@ -224,34 +224,37 @@ REGIMES: dict[str, dict[str, Any]] = {
     "full": {},
     "tower": {"tune_vision_tower": True, "tune_lm_head": True},
 }
+CONTAINED = ("head", "post decoder", "not cached", "lora")  # of which another regime trains all, and more
 
 
 @pytest.mark.usefixtures("no_trunk_cache")
 @pytest.mark.parametrize(
     ("regime", "dtype"),
     [
-        *((regime, torch.float32) for regime in REGIMES),
+        *((regime, torch.float32) for regime in REGIMES if regime not in CONTAINED),
+        *(pytest.param(regime, torch.float32, marks=pytest.mark.slow) for regime in CONTAINED),
         # LayerNorm, which the post decoder has, stays in bfloat16 on a CPU; CUDA's autocast takes float32.
-        *((regime, torch.bfloat16) for regime in ("projector", "lora", "full", "tower")),
+        *((regime, torch.bfloat16) for regime in ("lora", "tower")),
+        *(pytest.param(regime, torch.bfloat16, marks=pytest.mark.slow) for regime in ("projector", "full")),
     ],
     ids=str,
 )
 def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regime: str, dtype: torch.dtype) -> None:
     keys = {"trunk_pass": "dense", "bf16": dtype == torch.bfloat16, **REGIMES[regime]}
     recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", **keys))
-    whole = lambda: build_policy(recipe, load_for_training(recipe, dtype, "cpu"), dtype)  # noqa: E731
+    build_whole = lambda: build_policy(recipe, load_for_training(recipe, dtype, "cpu"), dtype)  # noqa: E731
     loaded = load_for_training(recipe, dtype, "cpu", trunk=not recipe.cached_trunk)
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
     policy = build_policy(recipe, loaded, dtype)
     collator = Collator(policy, loaded.images, loaded.pad_id)
-    items = prepare_items(recipe, policy, examples, collator, 4, whole)[:12]
+    items = prepare_items(recipe, policy, examples, collator, 4, build_whole)[:12]
     policy.train()
     if "recomputed" in regime:
         policy.activation_checkpointing_enable()
     batch = collator(items)["batch"]
-    with saved(list(policy.parameters())) as found:
+    with saved(list(policy.parameters())) as references:
         log_probs = policy(batch)
-    real = size(found) - len(log_probs) * WORDS * dtype.itemsize  # the logits are counted by themselves
+    real = size(references) - len(log_probs) * WORDS * dtype.itemsize  # the logits are counted by themselves
 
     rows = [PATCHES * len(item.example.images) for item in items]
     counts = BatchCounts.of([item.example for item in items], rows, policy)
@@ -260,7 +263,13 @@ def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regi
 
 
 @pytest.mark.parametrize(
-    ("size", "keys"), [(1, {}), (2, {"feature_cache": "off"}), (8, {"tune_post_decoder": True})], ids=str
+    ("size", "keys"),
+    [
+        (1, {}),
+        pytest.param(2, {"feature_cache": "off"}, marks=pytest.mark.slow),
+        (8, {"tune_post_decoder": True}),
+    ],
+    ids=str,
 )
 def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Path, world: Path, tmp_path: Path) -> None:
     keys = {**REGIMES["lora"], **keys, "trunk_pass": "flex", "per_device_train_batch_size": size}
@@ -272,8 +281,8 @@ def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Pat
     collator.vision_features = cache_vision_features(recipe, policy, examples, loaded.images)
     items, costs = [Item(example) for example in examples], StepCosts.of(policy)
     real = sum(costs.flops(collator(items[start : start + size])["work"]) for start in range(0, len(items), size))
-    said = estimate(recipe)["work"]
-    assert said["step_tflop"] == pytest.approx(real / len(items) / 1e12, rel=2e-3)
+    estimated = estimate(recipe)["work"]
+    assert estimated["step_tflop"] == pytest.approx(real / len(items) / 1e12, rel=2e-3)
     tower = costs.vision_tower * PATCHES / 1e12
     alone = build_recipe({**dpo_keys(base, world, tmp_path / "run", **keys), "loss_type": "simpo", "beta": 2.0})
     before = estimate(alone)["work"]["before_tflop"]  # no reference: the tower at most
@@ -307,8 +316,8 @@ def test_weights_gradients_and_optimizer_of_a_real_step(base: Path, world: Path,
 
 def test_several_gpus_share_by_the_rules_of_zero(tmp_path: Path, base: Path, world: Path) -> None:
     keys = dpo_keys(base, world, tmp_path / "run", bf16=True, **REGIMES["lora"], deepspeed="zero3")
-    found = estimate(build_recipe(keys), gpus=4)
-    ways, trained, everything = found["ways"], found["parameters"]["trained"], found["parameters"]["all"]
+    estimated = estimate(build_recipe(keys), gpus=4)
+    ways, trained, everything = estimated["ways"], estimated["parameters"]["trained"], estimated["parameters"]["all"]
     assert list(ways) == ["ZeRO-3", "DDP", "FSDP2", "ZeRO-2", "ZeRO-2, offload", "ZeRO-3, offload"]
     parts = {name: way["largest"] for name, way in ways.items()}
     assert parts["DDP"]["weights"] == 2 * (everything - trained) + 4 * trained
@@ -325,11 +334,11 @@ def test_several_gpus_share_by_the_rules_of_zero(tmp_path: Path, base: Path, wor
 def test_the_cache_weighs_what_is_said(base: Path, world: Path, tmp_path: Path) -> None:
     keys = {"feature_cache": "disk", "max_steps": 1, "trunk_pass": "dense", **REGIMES["post decoder"]}
     recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", **keys))
-    said = estimate(recipe)["trunk_cache"]
+    estimated = estimate(recipe)["trunk_cache"]
     train(recipe)
-    assert Path(said["where"]) == tmp_path / "trunk_cache"
-    tensors = [t for file in Path(said["where"]).rglob("*.safetensors") for t in load_file(file).values()]
-    assert said["bytes"] == sum(tensor.nbytes for tensor in tensors)
+    assert Path(estimated["where"]) == tmp_path / "trunk_cache"
+    tensors = [t for file in Path(estimated["where"]).rglob("*.safetensors") for t in load_file(file).values()]
+    assert estimated["bytes"] == sum(tensor.nbytes for tensor in tensors)
 
 
 # --- LLaVA-1.5-7B's shape
@@ -363,15 +372,15 @@ def shown(*words: str) -> Any:
     # benchmarks/RESULTS.md, one H100, 380 pairs of 619 + 110 + 110 positions, 64 a step: 5.0 and 11.1 GiB. Of both,
     # 0.37 were float32 rows of logits (3 of 1024 x 32064), which compiled log-probs do without since. Of the first,
     # 0.42 were vision features that the job before had left on the GPU.
-    [("head", 5.0 - 0.37 - 0.42), ("post-decoder", 11.1 - 0.37)],
+    [pytest.param("head", 5.0 - 0.37 - 0.42, marks=pytest.mark.slow), ("post-decoder", 11.1 - 0.37)],
 )
 def test_what_an_h100_measured(seven_billion: Path, recipe: str, measured: float) -> None:
     words = ["--prompt-tokens", "43", "--samples", "380", "--per_device_train_batch_size", "64"]
-    found = shown(recipe, "--model_name_or_path", str(seven_billion), *words)
-    assert found["ways"]["one GPU"]["peak"] / GIB == pytest.approx(measured, rel=0.1)
-    assert "assumed" in found["lengths"]
+    estimated = shown(recipe, "--model_name_or_path", str(seven_billion), *words)
+    assert estimated["ways"]["one GPU"]["peak"] / GIB == pytest.approx(measured, rel=0.1)
+    assert "assumed" in estimated["lengths"]
     if recipe == "post-decoder":
-        assert found["ways"]["one GPU"]["before"] / GIB == pytest.approx(19.5, rel=0.1)
+        assert estimated["ways"]["one GPU"]["before"] / GIB == pytest.approx(19.5, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -395,11 +404,11 @@ def test_what_leaves_comes_back_beside_gradients(seven_billion: Path) -> None:
     words = ["--gradient_checkpointing", "false", "--per_device_train_batch_size", "4", "--prompt-tokens", "43"]
     words += ["--samples", "64"]
     model = ["hadpo-lora", "--model_name_or_path", str(seven_billion), *words]
-    kept, away = (shown(*model, "--activation_offloading", share)["ways"]["one GPU"] for share in ("0", "0.5"))
-    assert kept["parts"]["gradients"] == 0
-    assert away["parts"]["gradients"] == pytest.approx(kept["largest"]["gradients"] / 2, rel=1e-3)
-    assert away["parts"]["activations"] > kept["parts"]["activations"] / 2
-    assert away["processor"] == pytest.approx(kept["parts"]["activations"] / 2, rel=0.05)
+    resident, offloaded = (shown(*model, "--activation_offloading", share)["ways"]["one GPU"] for share in ("0", "0.5"))
+    assert resident["parts"]["gradients"] == 0
+    assert offloaded["parts"]["gradients"] == pytest.approx(resident["largest"]["gradients"] / 2, rel=1e-3)
+    assert offloaded["parts"]["activations"] > resident["parts"]["activations"] / 2
+    assert offloaded["processor"] == pytest.approx(resident["parts"]["activations"] / 2, rel=0.05)
 
 
 @pytest.mark.slow
@@ -417,9 +426,9 @@ def test_a_card_of_24_gib(seven_billion: Path) -> None:
     rest = quantised["parameters"]["all"] - trained - linear - sum(p.numel() for p in tower.parameters())
     assert way["parts"]["weights"] == pytest.approx(linear * (0.5 + 1 / 64) + 2 * rest + 4 * trained, rel=0.01)
     assert way["fits"]
-    kept = shown("hadpo-lora", *model, "--bits", "4", "--gradient_checkpointing", "false")
-    assert not kept["ways"]["one GPU"]["fits"]
-    assert kept["work"]["step_tflop"] < quantised["work"]["step_tflop"]  # without what is computed again
+    not_recomputed = shown("hadpo-lora", *model, "--bits", "4", "--gradient_checkpointing", "false")
+    assert not not_recomputed["ways"]["one GPU"]["fits"]
+    assert not_recomputed["work"]["step_tflop"] < quantised["work"]["step_tflop"]  # without what is computed again
 
 
 def test_times_follow_the_speed(base: Path) -> None:
@@ -440,15 +449,15 @@ def test_a_config_is_enough_and_says_the_same(base: Path, world: Path, tmp_path:
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(base / "config.json", alone)
-    found = [
+    estimates = [
         estimate(
             build_recipe(dpo_keys(folder, world / "nowhere", tmp_path / "run", **REGIMES["lora"])),
             assumed=AssumedData(samples=64),
         )
         for folder in (base, alone)
     ]
-    assert found[0]["ways"] == found[1]["ways"]
-    assert "There is no" in found[0]["lengths"]
+    assert estimates[0]["ways"] == estimates[1]["ways"]
+    assert "There is no" in estimates[0]["lengths"]
 
 
 def original(folder: Path, tower: str, width: int = 1024) -> Path:
@@ -468,13 +477,13 @@ def test_the_originals_config_alone_is_enough(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision = {**sizes, "image_size": 336, "patch_size": 14}
     write_json(tmp_path / "clip" / "config.json", {"model_type": "clip", "vision_config": vision})
-    found = [
+    estimates = [
         shown("post-decoder", "--model_name_or_path", str(model), "--samples", "8", *tower)
         for tower in ([], ["--vision_tower", str(tmp_path / "clip")])
     ]
-    assert {**found[0], "recipe": ""} == {**found[1], "recipe": ""}
-    assert found[0]["tower"] == ""
-    assert "576 positions of an image" in found[0]["lengths"]
+    assert {**estimates[0], "recipe": ""} == {**estimates[1], "recipe": ""}
+    assert estimates[0]["tower"] == ""
+    assert "576 positions of an image" in estimates[0]["lengths"]
     small = original(tmp_path / "b", "me/vit-patch14-56", 64)
     other = shown("post-decoder", "--model_name_or_path", str(small), "--samples", "8")
     assert "16 positions of an image" in other["lengths"]
@@ -501,27 +510,30 @@ Paper = tuple[dict[str, Any], Policy, Policy, DataLengths]
 @pytest.fixture(scope="module")
 def papers(seven_billion: Path) -> dict[str, Paper]:
     """LLaVA-1.5-7B under shipped recipes, as one GPU and as several have it."""
-    found = {}
+    by_recipe = {}
     for name in ("hadpo-lora", "head"):
         values = {key: value for key, value in read_yaml_or_shipped(name, "recipe").items() if value}
         values |= {"model_name_or_path": str(seven_billion), **dict.fromkeys(("output_dir", "vg_path"), "nowhere")}
         recipe = build_recipe({**values, "desc_data_path": "nowhere"})
         source = open_meta_model(recipe)
         model = build_on_meta(recipe, source)
-        whole, cut = (build_meta_policy(recipe, model, sharded) for sharded in (False, True))
-        lengths = read_lengths(recipe, source, whole.core, AssumedData(samples=250))
-        found[name] = {**values, "desc_data_path": "nowhere"}, whole, cut, lengths
-    return found
+        unsharded, sharded_policy = (build_meta_policy(recipe, model, sharded) for sharded in (False, True))
+        lengths = read_lengths(recipe, source, unsharded.core, AssumedData(samples=250))
+        by_recipe[name] = {**values, "desc_data_path": "nowhere"}, unsharded, sharded_policy, lengths
+    return by_recipe
 
 
 @pytest.mark.parametrize(
     ("recipe", "keys", "memory", "gpus", "way", "flags"),
     [
         ("hadpo-lora", {}, 80, 1, "one GPU", "--gradient_checkpointing false"),
-        ("hadpo-lora", {}, 22, 1, "one GPU", "--per_device_train_batch_size 8 --gradient_accumulation_steps 2"),
+        pytest.param(
+            *("hadpo-lora", {}, 22, 1, "one GPU", "--per_device_train_batch_size 8 --gradient_accumulation_steps 2"),
+            marks=pytest.mark.slow,
+        ),
         ("hadpo-lora", {}, 17, 8, "FSDP2", "--fsdp true"),
         ("hadpo-lora", {}, 12, 1, "one GPU", "--bits 4"),
-        ("hadpo-lora", {"deepspeed": "zero3"}, 24, 2, "DDP", "--deepspeed null"),
+        pytest.param(*("hadpo-lora", {"deepspeed": "zero3"}, 24, 2, "DDP", "--deepspeed null"), marks=pytest.mark.slow),
         ("head", {}, 24, 1, "one GPU", ""),
         ("head", {}, 2, 1, "", ""),
     ],
@@ -529,23 +541,28 @@ def papers(seven_billion: Path) -> dict[str, Paper]:
 def test_what_is_chosen_fits_and_no_larger_batch_does(
     recipe: str, keys: dict[str, Any], memory: float, gpus: int, way: str, flags: str, papers: dict[str, Paper]
 ) -> None:
-    values, whole, cut, lengths = papers[recipe]
+    values, unsharded, sharded, lengths = papers[recipe]
 
     def jobs_of(recipe: Recipe) -> list[Job]:
-        return [build_job(recipe, policy, lengths, memory, gpus, sharded=policy is cut) for policy in (whole, cut)]
+        return [
+            build_job(recipe, policy, lengths, memory, gpus, sharded=policy is sharded)
+            for policy in (unsharded, sharded)
+        ]
 
-    asked = build_recipe(values | keys)
-    job, apart = jobs_of(asked)
-    largest = largest_batches(asked, job, apart, lengths, memory, gpus)
-    chosen = choose(asked, job, apart, lengths, memory, gpus, largest)
+    requested = build_recipe(values | keys)
+    job, apart = jobs_of(requested)
+    largest = largest_batches(requested, job, apart, lengths, memory, gpus)
+    chosen = choose(requested, job, apart, lengths, memory, gpus, largest)
     assert chosen.way == way
     assert chosen.flags.startswith(flags)
 
     def fits(size: int | None = None) -> bool:
         """By the recipe as its command line would have it, and a batch."""
         sized = {"per_device_train_batch_size": size} if size else {}
-        told = build_recipe(values | keys | parse_overrides(chosen.flags.split()) | sized)
-        return next(each.fits(memory * GIB) for each in strategies(*jobs_of(told), gpus) if each.name == way)
+        changed = build_recipe(values | keys | parse_overrides(chosen.flags.split()) | sized)
+        return next(
+            strategy.fits(memory * GIB) for strategy in strategies(*jobs_of(changed), gpus) if strategy.name == way
+        )
 
     if way:
         assert fits()
@@ -571,10 +588,10 @@ def test_the_table_says_what_decides_and_what_to_choose(
 
 
 def test_lengths_are_those_of_the_data(base: Path, world: Path, tmp_path: Path) -> None:
-    found = estimate(build_recipe(sft_keys(base, world, tmp_path / "run")))
-    assert "in the recipe's data" in found["lengths"]
-    assert found["batch"]["trees"] == 4
-    assert found["batch"]["images"] <= 4
+    estimated = estimate(build_recipe(sft_keys(base, world, tmp_path / "run")))
+    assert "in the recipe's data" in estimated["lengths"]
+    assert estimated["batch"]["trees"] == 4
+    assert estimated["batch"]["images"] <= 4
 
 
 def test_a_run_and_what_it_measured(

@@ -24,6 +24,7 @@ import pytest
 import torch
 from helpers.serving import PICTURES, png, until, with_picture
 from helpers.serving import user as asks
+from helpers.variants import crossed
 from safetensors.torch import load_file, save_file
 from test_convert import decoder_run
 from test_llava_next import next_processor, tiny_next
@@ -232,8 +233,9 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["v1", "llava_hf", "mistral", "llama_2", "v0"])
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("name", "engine"), crossed(["v1", "llava_hf", "mistral", "llama_2", "v0"], ["vllm", "sglang"])
+)
 def test_prompts_are_those_of_relook_serve(
     name: str, engine: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

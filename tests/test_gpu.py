@@ -298,7 +298,7 @@ def test_a_tower_attends_within_its_segments_and_passes_gradients() -> None:
     bounds = torch.tensor([0, 64, 128, 140, 300], device="cuda", dtype=torch.int32)
 
     def run(dtype: torch.dtype) -> list[Tensor]:
-        query, key, value = (tensor.to(dtype).requires_grad_() for tensor in states[:3])
+        query, key, value = (tensor.to(dtype, copy=True).requires_grad_() for tensor in states[:3])
         output, _ = segment_attention(nn.Identity(), query, key, value, None, bounds, 160)
         (output * states[3].transpose(1, 2)).sum().backward()
         return [output.detach(), *(tensor.grad for tensor in (query, key, value) if tensor.grad is not None)]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.damaged import encoded, talk
+from helpers.variants import crossed
 from PIL import Image
 
 from relook.data.check import check_folder, fix_folder, print_report, summary
@@ -151,8 +152,7 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
         read_text(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize(("encoding", "array"), crossed([*ENCODINGS], [False, True]))
 def test_no_record_is_lost_to_an_encoding(world: Path, tmp_path: Path, encoding: str, array: bool) -> None:
     shutil.copytree(world / "test", tmp_path / "test")
     for file in (tmp_path / "test/pope").iterdir():

@@ -34,18 +34,18 @@ def numel(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def named(found: dict[str, Any]) -> dict[tuple[int, str], dict[str, Any]]:
-    return {(module["depth"], module["name"]): module for module in found["modules"]}
+def named(inspected: dict[str, Any]) -> dict[tuple[int, str], dict[str, Any]]:
+    return {(module["depth"], module["name"]): module for module in inspected["modules"]}
 
 
-def tensors(found: dict[str, Any], step: str) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in found["tensors"] if row["step"] == step}
+def tensors(inspected: dict[str, Any], step: str) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in inspected["tensors"] if row["step"] == step}
 
 
 def test_the_tree_counts_every_parameter_once(base: Path) -> None:
-    found, model = inspect_model(base), load_model(base).model
-    modules = named(found)
-    assert "tensors" not in found
+    inspected, model = inspect_model(base), load_model(base).model
+    modules = named(inspected)
+    assert "tensors" not in inspected
     assert modules[0, "model"]["parameters"] == numel(model.model)
     assert modules[0, "lm_head"]["shapes"] == {"weight": (WORDS, WIDTH)}
     layers = modules[3, "0 to 1"]
@@ -54,7 +54,7 @@ def test_the_tree_counts_every_parameter_once(base: Path) -> None:
     assert modules[5, "q_proj"]["shapes"]["weight"] == (WIDTH, WIDTH)  # of one layer
     assert modules[5, "q_proj"]["parameters"] == WIDTH * WIDTH
     assert modules[5, "q_proj"]["dtypes"] == ("float32",)
-    assert sum(m["parameters"] for m in found["modules"] if m["depth"] == 0) == numel(model)
+    assert sum(m["parameters"] for m in inspected["modules"] if m["depth"] == 0) == numel(model)
 
 
 def test_dtypes_are_those_on_disk(base: Path, tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_what_trains_by_hand(base: Path) -> None:
     linears = [m for m in language.layers.modules() if isinstance(m, torch.nn.Linear)]
     lora = sum(128 * (linear.in_features + linear.out_features) for linear in linears)
     total = numel(model)
-    found = {name: (row["trains"], row["of"]) for name, row in inspect_model(base)["trains"].items()}
-    assert found == {
+    trained = {name: (row["trains"], row["of"]) for name, row in inspect_model(base)["trains"].items()}
+    assert trained == {
         "head": (head, total),
         "post_decoder": (decoder, total + decoder),
         "post_decoder_head": (decoder + head, total + decoder),
@@ -90,12 +90,12 @@ def run(base: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_tensors_of_a_run_are_those_of_a_forward_pass(run: Path, base: Path, image: Path) -> None:
-    found = inspect_model(run, image, "Is there a cup?")
-    assert found["type"] == "RelookLlavaForConditionalGeneration"
+    inspected = inspect_model(run, image, "Is there a cup?")
+    assert inspected["type"] == "RelookLlavaForConditionalGeneration"
     loaded = load_model(run)
-    given = loaded.encode([image], "Is there a cup?")
-    length = given["input_ids"].shape[1]
-    prefill, decode = tensors(found, "prefill"), tensors(found, "decode")
+    inputs = loaded.encode([image], "Is there a cup?")
+    length = inputs["input_ids"].shape[1]
+    prefill, decode = tensors(inspected, "prefill"), tensors(inspected, "decode")
     shapes = {name: tuple(row["shape"]) for name, row in prefill.items()}
     layers = {f"hidden states, layer {i}": (1, length, WIDTH) for i in range(1, LAYERS + 1)}
     assert shapes == {
@@ -115,8 +115,8 @@ def test_tensors_of_a_run_are_those_of_a_forward_pass(run: Path, base: Path, ima
     assert decode.keys() == prefill.keys() - absent
     assert {tuple(row["shape"][:2]) for row in decode.values()} == {(1, 1)}
     with torch.no_grad():
-        logits = loaded.model(**given).logits[0, -1]
-        trunk = load_model(base).model.model(**given).last_hidden_state
+        logits = loaded.model(**inputs).logits[0, -1]
+        trunk = load_model(base).model.model(**inputs).last_hidden_state
     for row, tensor in ((prefill["logits"], logits), (prefill["post decoder, in"], trunk)):
         assert row["mean"] == pytest.approx(tensor.mean().item(), abs=1e-5)
         assert row["std"] == pytest.approx(tensor.std(correction=0).item(), abs=1e-5)
@@ -136,33 +136,33 @@ def test_llava_next(image: Path, tmp_path: Path) -> None:
     model = tiny_next()
     model.save_pretrained(tmp_path)
     next_processor().save_pretrained(tmp_path)
-    found = inspect_model(tmp_path, image, None)
-    assert named(found)[0, "model"]["shapes"] == {"image_newline": (WIDTH,)}
-    assert found["trains"]["head"]["trains"] == WORDS * WIDTH
-    assert found["trains"]["head"]["of"] == numel(model) + WORDS * WIDTH  # a tied head becomes one of its own
+    inspected = inspect_model(tmp_path, image, None)
+    assert named(inspected)[0, "model"]["shapes"] == {"image_newline": (WIDTH,)}
+    assert inspected["trains"]["head"]["trains"] == WORDS * WIDTH
+    assert inspected["trains"]["head"]["of"] == numel(model) + WORDS * WIDTH  # a tied head becomes one of its own
     tiles = 1 + 2  # the whole picture, and the grid's [192, 96] for one that is upright
     assert [192, 96] in GRID
-    assert tensors(found, "prefill")["projected features"]["shape"] == (tiles, PATCHES, WIDTH)
+    assert tensors(inspected, "prefill")["projected features"]["shape"] == (tiles, PATCHES, WIDTH)
 
 
 def test_a_liuhaotian_folder_and_a_change_on_it(refdata: Path) -> None:
     tiny = refdata / "llava_tiny"
     tower = tiny / "vision_towers/openai/clip-vit-tiny-patch14-56"
     picture = tiny / "inputs/image_A.png"
-    found = inspect_model(tiny / "ckpt_bin_sharded", picture, "What is this?", tiny / "head_fp32", tower)
-    assert found["type"] == "LlavaForConditionalGeneration"
-    assert tensors(found, "prefill")["image features"]["shape"][1] == 16
-    assert named(found)[0, "lm_head"]["parameters"] == 1024 * 64
+    inspected = inspect_model(tiny / "ckpt_bin_sharded", picture, "What is this?", tiny / "head_fp32", tower)
+    assert inspected["type"] == "LlavaForConditionalGeneration"
+    assert tensors(inspected, "prefill")["image features"]["shape"][1] == 16
+    assert named(inspected)[0, "lm_head"]["parameters"] == 1024 * 64
     plain = inspect_model(tiny / "ckpt_bin_sharded", picture, "What is this?", None, tower)
-    logits = [tensors(each, "prefill")["logits"]["mean"] for each in (found, plain)]
+    logits = [tensors(each, "prefill")["logits"]["mean"] for each in (inspected, plain)]
     assert logits[0] != logits[1]
 
 
 def test_the_command(relook: Command, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Path(toyworld.__file__).parent / "base"
-    found = json.loads(relook("inspect", base, "--prompt", "Is there a cup?").out)  # of a pipe
-    assert found.keys() == {"model", "type", "modules", "trains", "tensors"}
-    assert not any("projected" in row["name"] for row in found["tensors"])  # no image
+    inspected = json.loads(relook("inspect", base, "--prompt", "Is there a cup?").out)  # of a pipe
+    assert inspected.keys() == {"model", "type", "modules", "trains", "tensors"}
+    assert not any("projected" in row["name"] for row in inspected["tensors"])  # no image
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
     ended = relook("inspect", base, "--image", image, "--prompt", "Is there a cup?")

@@ -61,17 +61,17 @@ def test_verdicts_come_in_order_with_their_cost(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("MY_KEY", "secret")
     prompts = ["a" * n for n in range(1, 21)]
     with endpoint(length) as server:
-        found = ask(server.url, tmp_path / "c.jsonl", prompts, key_variable="MY_KEY", price=(2.0, 30.0))
-    assert found.verdicts == list(range(1, 21))
+        judged = ask(server.url, tmp_path / "c.jsonl", prompts, key_variable="MY_KEY", price=(2.0, 30.0))
+    assert judged.verdicts == list(range(1, 21))
     assert sorted(map(len, server.prompts)) == list(range(1, 21))
     assert set(server.keys) == {"Bearer secret"}
     assert server.requests[0].items() >= {"model": "tester", "temperature": 0.0}.items()
-    about = found.to_json()
-    assert about["model"] == "tester"
-    assert (about["prompt_tokens"], about["completion_tokens"], about["replies"]) == (2000, 200, 20)
-    assert about["dollars"] == pytest.approx(2000 * 2e-6 + 200 * 30e-6)
-    assert about["unjudged"] == {}
-    assert "secret" not in json.dumps(about) + (tmp_path / "c.jsonl").read_text()
+    record = judged.to_json()
+    assert record["model"] == "tester"
+    assert (record["prompt_tokens"], record["completion_tokens"], record["replies"]) == (2000, 200, 20)
+    assert record["dollars"] == pytest.approx(2000 * 2e-6 + 200 * 30e-6)
+    assert record["unjudged"] == {}
+    assert "secret" not in json.dumps(record) + (tmp_path / "c.jsonl").read_text()
 
 
 def test_nothing_is_asked_twice(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_fields_of_a_request_can_be_added_and_left_out(tmp_path: Path) -> None:
 )
 def test_a_fault_that_passes_is_asked_again(fault: Answer, tmp_path: Path) -> None:
     with endpoint(lambda _, number: fault if number == 0 else Answer("7")) as server:
-        found = ask(server.url, tmp_path / "c.jsonl", ["a"])
-    assert (found.verdicts, found.unjudged, len(server.requests)) == ([7], {}, 2)
+        judged = ask(server.url, tmp_path / "c.jsonl", ["a"])
+    assert (judged.verdicts, judged.unjudged, len(server.requests)) == ([7], {}, 2)
 
 
 def test_the_pause_that_the_endpoint_asks_for_is_kept(tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_a_prompt_without_an_answer_is_counted(status: int, reason: str, tmp_pat
         return Answer(status=status, headers=SOON, body="no") if bad else Answer("7")
 
     with endpoint(answer) as server:
-        found = ask(server.url, tmp_path / "c.jsonl", ["a", "bad", "b"])
-    assert (found.verdicts, found.unjudged) == ([7, None, 7], {reason: 1})
+        judged = ask(server.url, tmp_path / "c.jsonl", ["a", "bad", "b"])
+    assert (judged.verdicts, judged.unjudged) == ([7, None, 7], {reason: 1})
 
 
 def test_one_prompt_alone_without_an_answer_is_no_result(tmp_path: Path) -> None:
@@ -194,8 +194,8 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 def test_nonsense_is_asked_again_a_few_times_and_counted(tmp_path: Path) -> None:
     with endpoint(lambda request, n: Answer("what?" if "odd" in request["messages"][0]["content"] else "7")) as server:
-        found = ask(server.url, tmp_path / "c.jsonl", ["odd", "a"], tries=3)
-        assert (found.verdicts, found.unjudged, found.details["replies"]) == ([None, 7], {"nonsense": 1}, 4)
+        judged = ask(server.url, tmp_path / "c.jsonl", ["odd", "a"], tries=3)
+        assert (judged.verdicts, judged.unjudged, judged.details["replies"]) == ([None, 7], {"nonsense": 1}, 4)
         with pytest.raises(RelookError, match=r"judged none of 1 prompts \(1 nonsense\).*begins: 'what\?'"):
             ask(server.url, tmp_path / "c.jsonl", ["odd"], tries=2)
 
@@ -248,8 +248,8 @@ def test_a_probe_is_one_request_that_leaves_nothing(tmp_path: Path) -> None:
 
 def test_long_prompts_are_not_sent_and_long_replies_are_cut(tmp_path: Path) -> None:
     with endpoint(lambda *_: Answer("x" * (LONGEST_REPLY + 5) + "\ud800")) as server:
-        found = ask(server.url, tmp_path / "c.jsonl", ["a" * (LONGEST_PROMPT + 1), "b"], parse=len)
-    assert (found.verdicts, found.unjudged) == ([None, LONGEST_REPLY], {"too_long": 1})
+        judged = ask(server.url, tmp_path / "c.jsonl", ["a" * (LONGEST_PROMPT + 1), "b"], parse=len)
+    assert (judged.verdicts, judged.unjudged) == ([None, LONGEST_REPLY], {"too_long": 1})
     assert len(server.requests) == 1
 
 
@@ -285,8 +285,8 @@ def test_a_reply_is_read_up_to_a_limit(data: bytes, encoding: str, status: int, 
         before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
         too_long = encoding in ("identity", "gzip") and len(data) > 2000
-        said = "Error code: 400" if status == 400 else "more than 4,000,000 bytes" if too_long else "not a chat"
-        with pytest.raises(RelookError, match=said):
+        message = "Error code: 400" if status == 400 else "more than 4,000,000 bytes" if too_long else "not a chat"
+        with pytest.raises(RelookError, match=message):
             ask(server.url, tmp_path / "c.jsonl", ["a"], retries=0, tries=1)
         peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
@@ -355,14 +355,14 @@ def test_a_kill_loses_no_reply(tmp_path: Path) -> None:
         running[0].start()
         running[0].join()
         assert running[0].exitcode == -signal.SIGKILL
-        held = cache.read_bytes()
-        assert held.count(b"\n") == 5
-        cache.write_bytes(held + b'{"key": "ab')
+        cached = cache.read_bytes()
+        assert cached.count(b"\n") == 5
+        cache.write_bytes(cached + b'{"key": "ab')
         done = forked(ask_twelve, server.url, cache)
     assert done.codes == [0], done.stderr
     assert done.stdout.strip() == str([f"PROMPT {n}" for n in range(12)])
     assert len(server.requests) == 6 + 7
-    assert cache.read_bytes().startswith(held)
+    assert cache.read_bytes().startswith(cached)
 
 
 @settings(max_examples=40)
@@ -403,8 +403,8 @@ def test_a_prompt_is_read_from_a_program_that_is_not_run(tmp_path: Path) -> None
 def test_a_judge_on_the_command_line() -> None:
     rest: tuple[Any, ...] = ((1.0, 2.0), "KEY", 3)
     assert judge_settings("", "", *rest, "{}") is None
-    made = judge_settings("http://host/v1", "m", *rest, '{"seed": 1}')
-    assert made == JudgeSettings("http://host/v1", "m", "KEY", (1.0, 2.0), 3, request={"seed": 1})
+    settings = judge_settings("http://host/v1", "m", *rest, '{"seed": 1}')
+    assert settings == JudgeSettings("http://host/v1", "m", "KEY", (1.0, 2.0), 3, request={"seed": 1})
     for url, model, request in (("", "m", "{}"), ("http://h", "", "{}"), ("host", "m", "{}"), ("http://h", "m", "[")):
         with pytest.raises(RecipeError):
             judge_settings(url, model, *rest, request)

@@ -51,24 +51,24 @@ def test_likelihoods_are_those_of_separate_rows(with_post_decoder: bool) -> None
         ((a,), "Is there a cup?", "yes"),
     ]
     for batch_size in (1, 64):
-        found = dict(likelihoods(loaded, weighed, "", batch_size, lambda done, total: None))
-        assert sorted(found) == list(range(len(weighed)))
-        for index, (images, text, said) in enumerate(weighed):
-            expected = plain(loaded, images, text, said.strip())
-            assert torch.tensor(found[index].log_probs) == pytest.approx(expected, rel=1e-5, abs=1e-5)
-            assert found[index].loss == pytest.approx(-float(expected.mean()), rel=1e-5, abs=1e-5)
-        assert found[0].loss == pytest.approx(found[5].loss)
+        measured = dict(likelihoods(loaded, weighed, "", batch_size, lambda done, total: None))
+        assert sorted(measured) == list(range(len(weighed)))
+        for index, (images, text, answer) in enumerate(weighed):
+            expected = plain(loaded, images, text, answer.strip())
+            assert torch.tensor(measured[index].log_probs) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+            assert measured[index].loss == pytest.approx(-float(expected.mean()), rel=1e-5, abs=1e-5)
+        assert measured[0].loss == pytest.approx(measured[5].loss)
 
 
 def test_what_a_model_says_is_its_greedy_answer() -> None:
     loaded = load_model(shipped_base())
     a, text = picture(0), "Is there a cup in the image?"
-    said = loaded.generate([a.image], text)
-    other = {"Yes.": "No.", "No.": "Yes."}[said]
-    weighed: list[ScoredAnswer] = [((a,), text, said), ((a,), text, other), ((a,), text, f"{said} {other}")]
-    found = dict(likelihoods(loaded, weighed, "", 8, lambda done, total: None))
-    assert [found[i].greedy for i in range(3)] == [True, False, False]
-    assert found[0].loss < found[1].loss
+    answer = loaded.generate([a.image], text)
+    other = {"Yes.": "No.", "No.": "Yes."}[answer]
+    weighed: list[ScoredAnswer] = [((a,), text, answer), ((a,), text, other), ((a,), text, f"{answer} {other}")]
+    measured = dict(likelihoods(loaded, weighed, "", 8, lambda done, total: None))
+    assert [measured[i].greedy for i in range(3)] == [True, False, False]
+    assert measured[0].loss < measured[1].loss
 
 
 def test_a_picture_in_memory_is_asked_about_as_its_file_is(tmp_path: Path) -> None:

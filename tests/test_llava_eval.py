@@ -55,15 +55,15 @@ def questions(pictures: list[Path], tmp_path: Path) -> Path:
 
 def test_question_lines_are_answered_in_their_order(questions: Path, pictures: list[Path], tmp_path: Path) -> None:
     result = answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", max_new_tokens=6)
-    asked, answers = read_records(questions), read_records(tmp_path / "out" / "llava.jsonl")
+    question_records, answers = read_records(questions), read_records(tmp_path / "out" / "llava.jsonl")
     loaded = load_model(shipped_base())
-    for question, said in zip(asked, answers, strict=True):
+    for question, answer in zip(question_records, answers, strict=True):
         images = [pictures[0].parent / question["image"]] if "image" in question else []
-        assert said["text"] == loaded.generate(images, question["text"], max_new_tokens=6)
-        assert (said["question_id"], said["prompt"]) == (question["question_id"], question["text"])
-        assert said.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
-        assert (said["model_id"], said["metadata"]) == (shipped_base().name, {})
-    assert len({said["answer_id"] for said in answers}) == len(answers)
+        assert answer["text"] == loaded.generate(images, question["text"], max_new_tokens=6)
+        assert (answer["question_id"], answer["prompt"]) == (question["question_id"], question["text"])
+        assert answer.keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+        assert (answer["model_id"], answer["metadata"]) == (shipped_base().name, {})
+    assert len({answer["answer_id"] for answer in answers}) == len(answers)
     assert result["n"] == 5
     assert result["provenance"]["template"] == "llava_hf"
     with pytest.raises(RecipeError, match="another max_new_tokens"):
@@ -73,8 +73,8 @@ def test_question_lines_are_answered_in_their_order(questions: Path, pictures: l
 def test_a_run_that_was_cut_off_goes_on(
     questions: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how: Any = {"max_new_tokens": 6, "batch_size": 1}
-    answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "whole", **how)
+    settings: Any = {"max_new_tokens": 6, "batch_size": 1}
+    answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "whole", **settings)
     submit, groups = answering.submit, []
 
     def interrupted(batch: Any, group: Any, *more: Any) -> int:
@@ -85,10 +85,10 @@ def test_a_run_that_was_cut_off_goes_on(
 
     monkeypatch.setattr(answering, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **how)
-    left = 5 - len(read_records(tmp_path / "out" / "llava.jsonl"))
-    assert 0 < left < 5
-    answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **how)
+        answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **settings)
+    remaining = 5 - len(read_records(tmp_path / "out" / "llava.jsonl"))
+    assert 0 < remaining < 5
+    answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **settings)
     assert (tmp_path / "out" / "llava.jsonl").read_bytes() == (tmp_path / "whole" / "llava.jsonl").read_bytes()
 
 
@@ -131,7 +131,7 @@ def test_mmbenchs_table_is_asked_and_handed_in(table: Path, pictures: list[Path]
     assert first.images[0].open() == open_image(pictures[0])
     answer_question_file(shipped_base(), table, None, tmp_path / "out", max_new_tokens=4)
     answers = read_records(tmp_path / "out" / "llava.jsonl")
-    assert [said["question_id"] for said in answers] == [241, 1000241, 9]
+    assert [answer["question_id"] for answer in answers] == [241, 1000241, 9]
     assert (answers[2]["options"], answers[2]["option_char"], answers[2]["round_id"]) == (
         ["杯子", "Na", "船", "3"],
         ["A", "B", "C", "D"],
@@ -142,12 +142,12 @@ def test_mmbenchs_table_is_asked_and_handed_in(table: Path, pictures: list[Path]
     openpyxl = pytest.importorskip("openpyxl")
     write_submission("mmbench", tmp_path / "answers.jsonl", tmp_path / "up.xlsx", table)
     sheet = openpyxl.load_workbook(tmp_path / "up.xlsx").active
-    said = [record["text"] for record in answers]
+    answer = [record["text"] for record in answers]
     assert list(sheet.values) == [
         ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split"),
-        (241, "What is it?", "cup", "dog", None, None, said[0], "A", "dev"),
+        (241, "What is it?", "cup", "dog", None, None, answer[0], "A", "dev"),
         (1000241, "What is it?", "dog", "cup", None, "boat", "=1+1", "B", "dev"),
-        (9, "这是什么？", "杯子", "Na", "船", "3", said[2], "C", "dev"),
+        (9, "这是什么？", "杯子", "Na", "船", "3", answer[2], "C", "dev"),
     ]
     write_submission("mmbench-cn", tmp_path / "answers.jsonl", tmp_path / "up.tsv", table)
     assert (tmp_path / "up.tsv").read_text().splitlines()[0].split("\t") == [cell.value for cell in sheet[1]]
@@ -306,13 +306,13 @@ def test_vqas_answers_are_those_of_lmms_eval(words: list[str], reference: Any) -
 def test_the_commands(questions: Path, pictures: list[Path], tmp_path: Path) -> None:
     write_jsonl(tmp_path / "answers.jsonl", [{"question_id": 1, "text": "é"}])
     out = tmp_path / "deep" / "out.json"
-    given = ["--answers", str(tmp_path / "answers.jsonl"), "--out", str(out)]
-    made = CliRunner().invoke(app, ["submission", "mm-vet", *given])
-    assert json.loads(made.stdout) == {"submission": str(out), "answers": 1}
+    options = ["--answers", str(tmp_path / "answers.jsonl"), "--out", str(out)]
+    submission = CliRunner().invoke(app, ["submission", "mm-vet", *options])
+    assert json.loads(submission.stdout) == {"submission": str(out), "answers": 1}
     model = ["--model", str(shipped_base()), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
     where = ["--questions", str(questions), "--data", str(pictures[0].parent)]
-    asked = CliRunner().invoke(app, ["eval", "llava", *model, *where])
-    assert json.loads(asked.stdout)["n"] == 5
+    evaluation = CliRunner().invoke(app, ["eval", "llava", *model, *where])
+    assert json.loads(evaluation.stdout)["n"] == 5
     for arguments, message in (
         (["eval", "llava"], "--questions is missing"),
         (["eval", "lmms"], "--tasks is missing"),

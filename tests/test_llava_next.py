@@ -30,7 +30,7 @@ from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import RelookLlavaNextForConditionalGeneration, images_per_row
 from relook.model.post_decoder import PostDecoder
 from relook.recipe import build_recipe
-from relook.report.plots import attention_before
+from relook.report.attention_maps import attention_before
 from relook.toyworld.build import IMAGE_SIZE, PATCH, make_processor
 from relook.train.run import train
 

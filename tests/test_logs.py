@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers.tiny import dpo_keys, sft_keys, tiny_llava, tiny_relook
+from helpers.variants import variants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-@pytest.mark.parametrize("regime", [full, projector, head, lora, post_decoder])
+@pytest.mark.parametrize("regime", variants([full, projector, head, lora, post_decoder], {full, lora, post_decoder}))
 def test_operations_are_what_torch_counts(
     regime: Callable[[Any], Any], base: Path, world: Path, tmp_path: Path
 ) -> None:
@@ -120,8 +121,8 @@ def test_operations_are_what_torch_counts(
 
 def test_speeds_are_logged(base: Path, world: Path, tmp_path: Path) -> None:
     keys = {"tune_post_decoder": True, "max_steps": 4, "logging_steps": 2}
-    for name, made in (("dpo", dpo_keys), ("sft", sft_keys)):
-        steps = [e for e in log_of(train(build_recipe(made(base, world, tmp_path / name, **keys)))) if "loss" in e]
+    for name, keys_of in (("dpo", dpo_keys), ("sft", sft_keys)):
+        steps = [e for e in log_of(train(build_recipe(keys_of(base, world, tmp_path / name, **keys)))) if "loss" in e]
         assert len(steps) == 2
         for entry in steps:
             assert entry["pairs_per_second"] > 0
@@ -142,17 +143,17 @@ def test_a_line_is_the_mean_of_its_steps(base: Path, world: Path, tmp_path: Path
 def test_the_meter_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many fields and steps a line has, their values leave the device in one copy."""
     reads: list[int] = []
-    whole = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.numel()) or whole(tensor))
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.numel()) or tolist(tensor))
     for name in ("item", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a read of its own"))
     meter, work = Meter(StepCosts(*[1] * 7)), BatchStats(1, 2, 3, 4, 4, 5, 6, 7, live=True)
     meter.start()
     for step in range(10):
         meter.add({"loss": torch.tensor(float(step)), "nll": torch.tensor(1.0)}, work, step)
-    found = meter.read()
+    means = meter.read()
     assert reads == [2 + 4]
-    assert (found["loss"], found["nll"]) == (4.5, 1.0)
+    assert (means["loss"], means["nll"]) == (4.5, 1.0)
     assert meter.read() == {}
 
 
@@ -181,10 +182,10 @@ def test_no_checkpoint_of_broken_weights_replaces_a_good_one(
 ) -> None:
     from relook.train import trainer
 
-    whole = trainer.RelookTrainer.training_step
+    training_step = trainer.RelookTrainer.training_step
 
     def broken(self: Any, *arguments: Any, **more: Any) -> Any:
-        loss = whole(self, *arguments, **more)
+        loss = training_step(self, *arguments, **more)
         if self.state.global_step == 1:
             self.model.core.lm_head.weight.grad[0, 0] = torch.nan
         return loss
@@ -193,9 +194,9 @@ def test_no_checkpoint_of_broken_weights_replaces_a_good_one(
     keys = {**HEAD, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "logging_steps": 50}
     with pytest.raises(RelookError, match=r"NaN or inf after step 2\..*last checkpoint is kept"):
         train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
-    [kept] = (tmp_path / "run" / "checkpoints").iterdir()
-    assert kept.name == "checkpoint-1"
-    assert all(tensor.isfinite().all() for tensor in load_file(kept / TENSORS_FILE).values())
+    [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == "checkpoint-1"
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / TENSORS_FILE).values())
 
 
 def test_a_learning_rate_of_zero_is_refused(base: Path, world: Path, tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_a_warm_up_longer_than_the_run_is_no_training(
     ("off", "low", "message"),
     [
         (0.02, False, r"differ by 0\.02 nats a token.*Please report this with what `relook doctor`"),
-        (0.7, True, r"differ by 0\.7.* nats a token"),
+        pytest.param(0.7, True, r"differ by 0\.7.* nats a token", marks=pytest.mark.slow),
         (math.nan, False, r"log-probs of the reference are NaN or inf.*broken weights"),
     ],
 )
@@ -261,12 +262,12 @@ def test_a_warm_up_that_starts_at_zero_is_no_alarm(base: Path, world: Path, tmp_
 @pytest.mark.parametrize(
     ("more", "steps"),
     [
-        ({}, 6),
+        pytest.param({}, 6, marks=pytest.mark.slow),
         ({"gradient_accumulation_steps": 4}, 2),
         ({"num_train_epochs": 1.5}, 9),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 5}, 4),
         ({"eval_fraction": 0.5}, 3),
-        ({"max_steps": 2}, 2),
+        pytest.param({"max_steps": 2}, 2, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -275,8 +276,8 @@ def test_steps_are_counted_as_the_trainer_does(
 ) -> None:
     """24 pairs, four a batch."""
     counted: list[int] = []
-    whole = run.steps_of
-    monkeypatch.setattr(run, "steps_of", lambda *given: counted.append(whole(*given)) or counted[-1])
+    steps_of = run.steps_of
+    monkeypatch.setattr(run, "steps_of", lambda *arguments: counted.append(steps_of(*arguments)) or counted[-1])
     log = log_of(train(build_recipe(dpo_keys(base, world, tmp_path / "run", **HEAD, **more))))
     assert counted[-1] == steps == max(entry["step"] for entry in log)
 
@@ -317,10 +318,10 @@ def test_what_trains_beside_the_output_stops_the_run(
     """A post decoder whose output is not used learns nothing, however large its steps."""
     from relook.forward import policy
 
-    whole = policy.prediction_states
+    prediction_states = policy.prediction_states
 
     def bypassed(post_decoder: Any, trunk: Any) -> Any:
-        return whole(None, trunk) + 0 * whole(post_decoder, trunk)
+        return prediction_states(None, trunk) + 0 * prediction_states(post_decoder, trunk)
 
     monkeypatch.setattr(policy, "prediction_states", bypassed)
     keys = {"tune_post_decoder": True, "warmup_steps": 1, "learning_rate": 0.1}

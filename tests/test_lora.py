@@ -88,7 +88,7 @@ def row_log_probs(model: Any, rows: Sequence[tuple[list[int], list[int], Tensor]
     pictures = torch.stack([picture for _, _, picture in rows])
     logits = model(input_ids=ids, attention_mask=mask, pixel_values=pictures, use_cache=False).logits
     spoken = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    return [spoken[row, [place - 1 for place in places]] for row, (_, places, _) in enumerate(rows)]
+    return [spoken[row, [position - 1 for position in positions]] for row, (_, positions, _) in enumerate(rows)]
 
 
 def plain_peft(base: Path, keys: dict[str, Any], bits: int = 16) -> Any:
@@ -115,7 +115,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", variants(KINDS, {"dora", "4 bits"}))
 def test_dpo_over_trees_is_dpo_over_two_rows(kind: str, base: Path, world: Path, tmp_path: Path) -> None:
     """Log-probs, reference, loss and every gradient, against rows in one padded batch; peft's own adapter off is the
     reference."""
@@ -134,28 +134,37 @@ def test_dpo_over_trees_is_dpo_over_two_rows(kind: str, base: Path, world: Path,
 
     rows = [row for item in items for row in rows_of(item, bench.loaded.images(item.example.images[0]))]
     assert len({len(ids) for ids, _, _ in rows}) > 3
-    said = row_log_probs(plain, rows)
+    policy_log_probs = row_log_probs(plain, rows)
     with torch.no_grad(), plain.disable_adapter():
-        anchor = row_log_probs(plain, rows)
-    ratios = torch.stack([p.sum() - a.sum() for p, a in zip(said, anchor, strict=True)])
+        reference_log_probs = row_log_probs(plain, rows)
+    ratios = torch.stack([p.sum() - a.sum() for p, a in zip(policy_log_probs, reference_log_probs, strict=True)])
     expected = -F.logsigmoid(0.3 * (ratios[::2] - ratios[1::2])).mean()
     expected.backward()
 
     tolerance = {16: 1e-5, 8: 5e-2, 4: 1e-5}[bench.recipe.bits]  # 8 bits: activations are rounded, too
     close: Callable[..., None] = torch.testing.assert_close
     assert abs(float(expected.detach()) - math.log(2)) > 5e-3
-    close(log_probs, torch.cat(said), rtol=tolerance, atol=tolerance)
+    close(log_probs, torch.cat(policy_log_probs), rtol=tolerance, atol=tolerance)
     close(
-        torch.cat([i.reference for i in items if i.reference is not None]), torch.cat(anchor), rtol=1e-5, atol=tolerance
+        torch.cat([i.reference for i in items if i.reference is not None]),
+        torch.cat(reference_log_probs),
+        rtol=1e-5,
+        atol=tolerance,
     )
     close(loss, expected, rtol=tolerance, atol=tolerance)
     assert fields["rewards/chosen"] == pytest.approx(0.3 * float(ratios[::2].detach().mean()), abs=10 * tolerance)
-    found = bench.gradients()
-    wanted = {n: p.grad for n, p in plain.get_base_model().named_parameters() if p.grad is not None}
-    assert found.keys() == wanted.keys()
-    assert len(found) == 2 * 7 * (3 if bench.recipe.use_dora else 2)  # two layers, seven linears, A and B and norms
-    for name, gradient in found.items():
-        close(gradient, wanted[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    gradients = bench.gradients()
+    expected_gradients = {n: p.grad for n, p in plain.get_base_model().named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected_gradients.keys()
+    assert len(gradients) == 2 * 7 * (3 if bench.recipe.use_dora else 2)  # two layers, seven linears, A and B and norms
+    for name, gradient in gradients.items():
+        close(
+            gradient,
+            expected_gradients[name],
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -167,18 +176,18 @@ def test_recomputing_keeps_loras_gradients(reentrant: bool, base: Path, world: P
     calls = [0]
     layer = bench.loaded.core.model.language_model.layers[0]
     layer.mlp.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-    found = []
+    gradients = []
     for _ in range(2):
         bench.policy.zero_grad()
         bench.loss(bench.items[:3])[0].backward()
-        found.append(bench.gradients())
+        gradients.append(bench.gradients())
         bench.policy.activation_checkpointing_enable(
             **{next(k for k in KWARGS if hasattr(bench.loaded.core, k[:-7] + "_enable")): {"use_reentrant": reentrant}}
         )
     assert calls == [3]  # once, and then twice
-    assert found[0].keys() == found[1].keys()
-    assert any(gradient.any() for gradient in found[0].values())
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(gradient.any() for gradient in gradients[0].values())
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
@@ -212,8 +221,8 @@ def test_targets_are_the_language_models_linear_layers(base: Path) -> None:
     language = load_model(base).model.model.language_model
     linears = {f"model.language_model.{n}" for n, m in language.named_modules() if isinstance(m, torch.nn.Linear)}
     assert adapted(with_regime(base)) == linears
-    some = adapted(with_regime(base, lora_target_modules=["q_proj", "up_proj"]))
-    assert some == {name for name in linears if name.endswith(("q_proj", "up_proj"))}
+    chosen = adapted(with_regime(base, lora_target_modules=["q_proj", "up_proj"]))
+    assert chosen == {name for name in linears if name.endswith(("q_proj", "up_proj"))}
     with pytest.raises(RecipeError, match=r"no linear layer fc1.*down_proj, gate_proj"):
         with_regime(base, lora_target_modules=["fc1", "q_proj"])  # fc1 is the vision tower's
 
@@ -227,12 +236,12 @@ def test_biases_train_and_are_loaded(biased: Path, base: Path, world: Path, tmp_
     plain = LlavaForConditionalGeneration.from_pretrained(biased).eval()
     before = {name: p.clone() for name, p in plain.named_parameters()}
     merged = PeftModel.from_pretrained(plain, out).merge_and_unload()
-    found = dict(load_model(out).model.named_parameters())
+    loaded = dict(load_model(out).model.named_parameters())
     for name, parameter in merged.named_parameters():
-        torch.testing.assert_close(found[name], parameter)
+        torch.testing.assert_close(loaded[name], parameter)
     q, k = (f"model.language_model.layers.0.self_attn.{part}_proj.bias" for part in "qk")
-    assert not torch.equal(found[q], before[q])
-    assert not torch.equal(found[k], before[k])
+    assert not torch.equal(loaded[q], before[q])
+    assert not torch.equal(loaded[k], before[k])
     only = adapted_biases(with_regime(biased, **{**keys, "lora_bias": "lora_only"}))
     assert {name.split(".")[-3] for name in only} == {"q_proj"}
     with pytest.raises(RecipeError, match="has no such biases"):
@@ -255,7 +264,7 @@ def test_qlora_trains_what_it_should_and_nothing_is_upcast(
     keys: dict[str, Any], base: Path, world: Path, tmp_path: Path
 ) -> None:
     more = {"tune_mm_mlp_adapter": True, "tune_lm_head": True, "bf16": True, "gradient_checkpointing": True}
-    recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", max_steps=2, lora_enable=True, **more, **keys))
+    recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", max_steps=1, lora_enable=True, **more, **keys))
     loaded = load_model(base, dtype="bfloat16", **keys)
     quantiser = loaded.model.config.quantization_config
     assert (quantiser.load_in_4bit, quantiser.load_in_8bit) == (keys["bits"] == 4, keys["bits"] == 8)
@@ -361,19 +370,19 @@ def test_a_third_run_and_a_frozen_trunk_on_a_run(sft: Path, base: Path, world: P
     expected = by_peft(base, sft)
     expected.load_state_dict(load_file(second / TENSORS_FILE), strict=False)
     expected = PeftModel.from_pretrained(expected, third).merge_and_unload()
-    found = dict(load_model(third).model.named_parameters())
+    loaded = dict(load_model(third).model.named_parameters())
     for name, parameter in expected.named_parameters():
-        torch.testing.assert_close(found[name], parameter, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loaded[name], parameter, rtol=1e-5, atol=1e-5)
     log = [e for e in json.loads((second / "run.json").read_text())["log"] if "loss" in e]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the trunk cache is of the SFT model
     before = model_hash(third)
     tensors = sft / "adapter_config.json"
-    kept = tensors.read_bytes()
-    tensors.write_bytes(kept + b" ")
+    saved = tensors.read_bytes()
+    tensors.write_bytes(saved + b" ")
     try:
         assert model_hash(third) != before
     finally:
-        tensors.write_bytes(kept)
+        tensors.write_bytes(saved)
 
 
 @pytest.mark.parametrize("on", variants(["bits", "adapter", "run"], {"run"}))
@@ -398,11 +407,11 @@ def test_what_stands_above_a_trunk_trains_as_with_it(
             ("other", {**keys, "model_name_or_path": base, "bits": 16, "adapter_name_or_path": ""}),
         )
     )
-    found, expected, plain = (load_file(out / TENSORS_FILE) for out in (cached, live, other))
-    assert found.keys() == expected.keys()
+    tensors, expected, plain = (load_file(out / TENSORS_FILE) for out in (cached, live, other))
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found["lm_head.weight"], plain["lm_head.weight"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(tensors["lm_head.weight"], plain["lm_head.weight"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_projector_file_is_an_adapter_too(base: Path, world: Path, tmp_path: Path) -> None:
@@ -424,11 +433,11 @@ def projector(model: Any) -> list[tuple[str, Tensor]]:
 def test_a_trainer_that_compiles_the_policy(base: Path, world: Path, tmp_path: Path) -> None:
     """transformers' own torch_compile, around all that relook does."""
     keys = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
-    found = []
+    trained = []
     for name, more in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "aot_eager"})):
         out = train(build_recipe(dpo_keys(base, world, tmp_path / name, **keys, **more)))
-        found.append([line["loss"] for line in json.loads((out / "run.json").read_text())["log"] if "loss" in line])
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
+        trained.append([line["loss"] for line in json.loads((out / "run.json").read_text())["log"] if "loss" in line])
+    assert trained[1] == pytest.approx(trained[0], rel=1e-4)
 
 
 # --- HA-DPO's recipe
@@ -439,8 +448,8 @@ def test_hadpos_recipe_runs_as_it_ships(base: Path, tmp_path: Path) -> None:
     """On a small model and few pairs, with flags of HA-DPO's command beside it."""
     keys = dpo_keys(base, write_world(tmp_path / "world", scenes=2), tmp_path / "run")
     paths = {k: keys[k] for k in ("model_name_or_path", "output_dir", "vg_path", "desc_data_path", "pope_data_path")}
-    said = {"mm_projector_lr": 0, "mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}
-    recipe = load_recipe("hadpo-lora", {**paths, **said, "use_cpu": True, "max_steps": 2, "learning_rate": 1e-3})
+    llava_keys = {"mm_projector_lr": 0, "mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}
+    recipe = load_recipe("hadpo-lora", {**paths, **llava_keys, "use_cpu": True, "max_steps": 2, "learning_rate": 1e-3})
     assert (recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout, recipe.beta) == (128, 256, 0.0, 0.1)
     out = train(recipe)
     log = [e for e in json.loads((out / "run.json").read_text())["log"] if "loss" in e]

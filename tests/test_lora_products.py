@@ -76,7 +76,7 @@ def states_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
             {"target_modules": ["k_proj", "down_proj"]},
             {"lora_dropout": 0.5},
         ],
-        ({}, {"target_modules": ["k_proj", "down_proj"]}, {"lora_dropout": 0.5}),
+        ({"target_modules": ["k_proj", "down_proj"]}, {"lora_dropout": 0.5}),
     ),
     ids=str,
 )
@@ -151,8 +151,8 @@ def test_layers_in_any_order() -> None:
         read = states.unbind(0)
         return [getattr(attention, name)(read[which]) for name, which in order]
 
-    found = torch.compile(work, backend="eager", fullgraph=True)(mine, both)
-    torch.testing.assert_close(found, work(theirs, both), rtol=1e-5, atol=1e-5)
+    results = torch.compile(work, backend="eager", fullgraph=True)(mine, both)
+    torch.testing.assert_close(results, work(theirs, both), rtol=1e-5, atol=1e-5)
 
 
 def traced_products(kept: list[Any]) -> Any:
@@ -184,26 +184,26 @@ def test_a_layer_compiles_in_one_piece_and_once_for_all() -> None:
 def test_a_compiled_trunk_says_what_another_one_does(again: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several lengths, with layers that run again in the backward pass, for which dynamo refuses state, and
     without: compiled once and once more for any length, to the numbers of layers that are not."""
-    whole = torch.compile
+    original_compile = torch.compile
     flex_attention_by_sdpa(monkeypatch)
-    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: whole(layer, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: original_compile(layer, backend="aot_eager"))
     passes = []
-    for model, how in zip(with_lora(), ("dense", "compiled"), strict=True):
+    for model, trunk_pass in zip(with_lora(), ("dense", "compiled"), strict=True):
         trunk = model.train().get_base_model()
         if again:
             activation_memory.enable_checkpointing(trunk, **{f"{activation_memory.NAME}_kwargs": again})
-        passes.append((model, PackedTrunk(trunk, how)))
+        passes.append((model, PackedTrunk(trunk, trunk_pass)))
     torch._dynamo.utils.counters.clear()
     for times in (2, 30):
         trees = [Tree.of([row("abcDEFG"), row("abcGH")]), Tree.of([row("abXYZ")])] * times
         packed = pack(trees, PAD, False, 10_000, round_up_to_blocks, root_length=1)
-        states, found = torch.randn(*packed.ids.shape, WIDTH), []
+        states, log_probs = torch.randn(*packed.ids.shape, WIDTH), []
         for model, reads in passes:
             model.zero_grad()
             embeds = states.clone().requires_grad_()
             tilted(reads(embeds, packed)).square().sum().backward()
-            found.append([embeds.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
-        for right, mine in zip(*found, strict=True):
+            log_probs.append([embeds.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        for right, mine in zip(*log_probs, strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
@@ -211,10 +211,10 @@ def test_a_compiled_trunk_says_what_another_one_does(again: dict[str, bool], mon
 
 
 def test_only_compiled_layers_have_it() -> None:
-    for how in ("dense", "flex", "compiled"):
+    for trunk_pass in ("dense", "flex", "compiled"):
         model = get_peft_model(LlamaModel(CONFIG), LoraConfig(r=4, target_modules="all-linear"))
-        PackedTrunk(model.get_base_model(), how)
-        assert len(set(groups(model))) == (4 if how == "compiled" else 0)
+        PackedTrunk(model.get_base_model(), trunk_pass)
+        assert len(set(groups(model))) == (4 if trunk_pass == "compiled" else 0)
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}], ids=str)

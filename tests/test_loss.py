@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import pixels, prompt, tiny_llava, tiny_relook
+from helpers.variants import crossed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -118,8 +119,8 @@ def test_a_loss_logs_what_it_declares(kind: str, corrupted: float) -> None:
     """In that order, on a pair with answers of one token, and mDPO's copy of it on a corrupted image."""
     how, token = of_kind(kind, 2.0, mdpo_conditional_weight=corrupted), TokenRow((0,), (True,))
     targets = batch_targets([Tree((0,), (token, token)), *([Tree((0,), (token,))] if corrupted else [])])
-    each = torch.ones(len(targets.id))
-    _, fields = preference_loss(how, -each, targets, None if kind in REFERENCE_FREE else -each, each)
+    log_probs = torch.ones(len(targets.id))
+    _, fields = preference_loss(how, -log_probs, targets, None if kind in REFERENCE_FREE else -log_probs, log_probs)
     assert ["loss", *fields] == metric_names(how)
 
 
@@ -164,10 +165,10 @@ def test_token_weights_by_hand() -> None:
     weights = preference_weights(Example("", tree, ()), "differing", unchanged_weight=0.2)
     torch.testing.assert_close(weights, torch.tensor([0.2, 1, 0.2, 0.2, 1, 0.2, 1, 1]))
     how = recipe(loss_type="sigmoid_norm", beta=1.0, dpo_tokens="differing", unchanged_weight=0.2)
-    found, _ = preference_loss(how, log_probs, batch_targets([tree]), 0 * log_probs, weights)
+    loss, _ = preference_loss(how, log_probs, batch_targets([tree]), 0 * log_probs, weights)
     # (unchanged + 5 * changed) / (number unchanged + 5 * number changed)
     means = (-1 - 3 + 5 * -2) / (2 + 5), (-1 - 3 + 5 * (-4 - 5 - 6)) / (2 + 5 * 3)
-    assert found.item() == pytest.approx(math.log1p(math.exp(means[1] - means[0])), rel=1e-5)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(means[1] - means[0])), rel=1e-5)
     alpha = preference_weights(Example("", tree, ()), ld_alpha=0.3)
     torch.testing.assert_close(alpha, torch.tensor([1.0, 1, 1, 1, 1, 1, 0.3, 0.3]))
 
@@ -194,9 +195,9 @@ def test_token_log_probs_are_float32_whatever_the_states() -> None:
     head, states, ids = torch.nn.Linear(8, 11, bias=False), torch.randn(5, 8), torch.tensor([0, 3, 10, 3, 7])
     expected = head(states).log_softmax(-1)[torch.arange(5), ids]
     torch.testing.assert_close(token_log_probs(head, states, ids), expected)
-    found = token_log_probs(head.bfloat16(), states.bfloat16(), ids)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    log_probs = token_log_probs(head.bfloat16(), states.bfloat16(), ids)
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs, expected, rtol=0.05, atol=0.05)
 
 
 # --- a batch of pairs, against separate rows
@@ -211,13 +212,13 @@ ANSWERS = (
 def pairs(model: Any) -> list[tuple[TokenRow, TokenRow]]:
     """Three pairs of rows with one image each, of different lengths."""
     tokenizer = make_processor().tokenizer
-    made = []
+    rows = []
     for question, answers in zip(("Is there a cup?", "Describe this image in detail.", "a"), ANSWERS, strict=True):
         start = prompt(model, question)
         ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
         chosen, rejected = (TokenRow((*start, *end), (*[False] * len(start), *[True] * len(end))) for end in ends)
-        made.append((chosen, rejected))
-    return made
+        rows.append((chosen, rejected))
+    return rows
 
 
 def separate(model: Any, row: TokenRow, picture: Tensor) -> Tensor:
@@ -229,11 +230,11 @@ def separate(model: Any, row: TokenRow, picture: Tensor) -> Tensor:
 
 
 WEIGHTS = ({}, {"beta": 0.3, "nll_weight": 0.7, "dpo_weight": 0.5}, {"dpo_weight": 0.0, "nll_weight": 1.0})
+SETTINGS = ({"attention": "self_cross"}, {}, {"attention": "none", "depth": 2})
+ROW_LENGTHS = (200, None)  # several trees a row, and one
 
 
-@pytest.mark.parametrize("row_length", [None, 200], ids=["a tree a row", "several trees a row"])
-@pytest.mark.parametrize("settings", [{}, {"attention": "self_cross"}, {"attention": "none", "depth": 2}], ids=str)
-@pytest.mark.parametrize("keys", WEIGHTS, ids=str)
+@pytest.mark.parametrize(("keys", "settings", "row_length"), crossed(WEIGHTS, SETTINGS, ROW_LENGTHS))
 @torch.no_grad()
 def test_preference_loss_and_its_fields(keys: dict[str, Any], settings: dict[str, Any], row_length: int | None) -> None:
     model, base = tiny_relook(**settings), tiny_llava()
@@ -245,22 +246,22 @@ def test_preference_loss_and_its_fields(keys: dict[str, Any], settings: dict[str
     ours, theirs = (
         LiveBatch(pack(trees, 3, p.needs_all_states, row_length), pictures, [1] * 3) for p in (policy, reference)
     )
-    found, by_reference = policy(ours), reference(theirs)
-    weight = (torch.arange(len(found)) % 3 != 0).float()
-    loss, fields = preference_loss(how, found, ours.packed.targets, by_reference, weight)
+    log_probs, by_reference = policy(ours), reference(theirs)
+    weight = (torch.arange(len(log_probs)) % 3 != 0).float()
+    loss, fields = preference_loss(how, log_probs, ours.packed.targets, by_reference, weight)
 
     # the same by rows: chosen, rejected, chosen, ...
     flat = [(row, picture) for pair, picture in zip(rows, pictures, strict=True) for row in pair]
-    said = [separate(model, row, picture) for row, picture in flat]
+    row_log_probs = [separate(model, row, picture) for row, picture in flat]
     anchor = [separate(base, row, picture) for row, picture in flat]
-    torch.testing.assert_close(found, torch.cat(said), rtol=1e-4, atol=1e-4)
-    counted = weight.split([len(part) for part in said])
-    policy_sums = [float((p * w).sum()) for p, w in zip(said, counted, strict=True)]
+    torch.testing.assert_close(log_probs, torch.cat(row_log_probs), rtol=1e-4, atol=1e-4)
+    counted = weight.split([len(part) for part in row_log_probs])
+    policy_sums = [float((p * w).sum()) for p, w in zip(row_log_probs, counted, strict=True)]
     anchor_sums = [float((p * w).sum()) for p, w in zip(anchor, counted, strict=True)]
     ratios = [p - a for p, a in zip(policy_sums, anchor_sums, strict=True)]
     margins = [c - r for c, r in zip(ratios[::2], ratios[1::2], strict=True)]
     dpo = sum(math.log1p(math.exp(-how.beta * margin)) for margin in margins) / 3
-    nll = -float(torch.cat(said[::2]).mean())
+    nll = -float(torch.cat(row_log_probs[::2]).mean())
     expected = {
         "rewards/chosen": how.beta * sum(ratios[::2]) / 3,
         "rewards/rejected": how.beta * sum(ratios[1::2]) / 3,
@@ -286,8 +287,8 @@ def test_mdpos_terms_against_separate_rows() -> None:
     trees = [Tree.of(pair) for pair in rows]
     trees += [Tree(tree.prefix, tree.branches[:1]) for tree in trees]
     batch = LiveBatch(pack(trees, 3, row_length=200), torch.cat([pictures, corrupted]), [1] * 6)
-    found, by_reference = Policy(model)(batch), Policy(base)(batch)
-    loss, fields = preference_loss(how, found, batch.packed.targets, by_reference, torch.ones_like(found))
+    log_probs, by_reference = Policy(model)(batch), Policy(base)(batch)
+    loss, fields = preference_loss(how, log_probs, batch.packed.targets, by_reference, torch.ones_like(log_probs))
 
     rewards = {
         name: [
@@ -320,40 +321,40 @@ def test_log_probs_in_chunks_are_the_same_and_hold_one_chunk_of_logits(monkeypat
     head, states = torch.nn.Linear(16, 50, bias=False), torch.randn(23, 16, requires_grad=True)
     ids, pull = torch.randint(50, (23,)), torch.randn(23)
     rows: list[int] = []
-    kept: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
 
     def run(bytes_of_logits: int) -> tuple[Tensor, ...]:
         monkeypatch.setattr(policy, "LOGITS_BYTES", bytes_of_logits)
         head.weight.grad = states.grad = None
         rows.clear()
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-            found = token_log_probs(head, states, ids)
+        shapes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+            log_probs = token_log_probs(head, states, ids)
         forward = rows.copy()
-        (found * pull).sum().backward()
+        (log_probs * pull).sum().backward()
         assert head.weight.grad is not None
         assert states.grad is not None
         assert forward == (rows[len(forward) :][::-1] if len(forward) > 1 else rows)
-        return found.detach(), head.weight.grad, states.grad
+        return log_probs.detach(), head.weight.grad, states.grad
 
-    whole = run(23 * 50 * 4)
+    in_one_chunk = run(23 * 50 * 4)
     assert rows == [23]
-    assert (23, 50) in kept
+    assert (23, 50) in shapes
     parts = run(5 * 50 * 4 + 3)
     assert sorted(rows) == sorted(2 * [5, 5, 5, 5, 3])
-    assert not [shape for shape in kept if len(shape) == 2 and shape[1] == 50 and shape[0] > 5]
-    for one, other in zip(whole, parts, strict=True):
+    assert not [shape for shape in shapes if len(shape) == 2 and shape[1] == 50 and shape[0] > 5]
+    for one, other in zip(in_one_chunk, parts, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
     assert run(1)[0].shape == (23,)  # a row at least
     with torch.no_grad():
-        torch.testing.assert_close(token_log_probs(head, states, ids), whole[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(token_log_probs(head, states, ids), in_one_chunk[0], rtol=1e-6, atol=1e-6)
 
 
 def test_chunks_under_autocast_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     head, states, ids = torch.nn.Linear(16, 50, bias=False), torch.randn(9, 16), torch.randint(50, (9,))
-    found = []
+    results = []
     for size in (9, 2):
         monkeypatch.setattr(policy, "LOGITS_BYTES", size * 200)
         head.weight.grad = None
@@ -362,6 +363,6 @@ def test_chunks_under_autocast_are_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         assert log_probs.dtype == torch.float32
         log_probs.sum().backward()
         assert head.weight.grad is not None
-        found.append((log_probs.detach(), head.weight.grad))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-2, atol=1e-2)  # bf16 sums of chunks
+        results.append((log_probs.detach(), head.weight.grad))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-2)  # bf16 sums of chunks

@@ -24,8 +24,8 @@ from relook.data.samples import Turn
 from relook.data.templates import with_image
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits
+from relook.report.attention_maps import attention_before, has_attention_maps
 from relook.report.pages import heat
-from relook.report.plots import attention_before, has_attention_maps
 from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources
 from relook.serve.page import actions

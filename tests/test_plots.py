@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relook.data.images import image_from_bytes
 from relook.data.samples import Turn
-from relook.report.plots import attention_before
+from relook.report.attention_maps import attention_before
 
 FIRST, ANSWER, SECOND = "<image>\nDescribe this image.", "There is a cup.", "Is there a dog in the image?"
 

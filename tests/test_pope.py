@@ -62,13 +62,13 @@ def test_whole_answer_files_score_as_the_official_program_says(refdata: Path, na
     questions = read_pope_questions(refdata / "pope/questions" / expected["label_file"], Path("val2014"))
     answers = read_pope_answers(refdata / "pope/answers" / name)
     official = expected["official_evaluate_py"]
-    found = score_pope_answers(questions, answers).to_json()
-    assert {key: found[key] for key in ("tp", "fp", "tn", "fn")} == {
+    scores = score_pope_answers(questions, answers).to_json()
+    assert {key: scores[key] for key in ("tp", "fp", "tn", "fn")} == {
         k: official[k.upper()] for k in ("tp", "fp", "tn", "fn")
     }
     rates = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-    assert {k: found[k] for k in rates} == pytest.approx({k: official[k] for k in rates}, abs=1e-12)
-    assert (found["n"], found["parser"]) == (3000, "official")
+    assert {k: scores[k] for k in rates} == pytest.approx({k: official[k] for k in rates}, abs=1e-12)
+    assert (scores["n"], scores["parser"]) == (3000, "official")
     rows = match_answers(questions, answers)
     assert "".join(str(int(row.prediction)) for row in rows) == expected["predictions_in_line_order"]
     assert (rows[0].image, rows[0].right) == ("COCO_val2014_000000310196.jpg", True)
@@ -82,9 +82,9 @@ def test_odd_files_score_as_the_official_program_says(refdata: Path, tmp_path: P
         for i, label in enumerate(given_case["labels"])
     ]
     questions = read_pope_questions(write_lines(tmp_path / "q.json", records), tmp_path)
-    found, official = score_pope_answers(questions, answered(given_case["answers"])), given_case["official"]
-    assert (found.tp, found.fp, found.tn, found.fn) == tuple(official[key] for key in ("TP", "FP", "TN", "FN"))
-    assert found.f1 == pytest.approx(official["f1"])
+    scores, official = score_pope_answers(questions, answered(given_case["answers"])), given_case["official"]
+    assert (scores.tp, scores.fp, scores.tn, scores.fn) == tuple(official[key] for key in ("TP", "FP", "TN", "FN"))
+    assert scores.f1 == pytest.approx(official["f1"])
 
 
 @pytest.mark.parametrize("case", ["fewer_answers_than_labels", "more_answers_than_labels"])
@@ -100,9 +100,9 @@ def test_published_tables_follow_from_their_counts(refdata: Path) -> None:
     consistent = [row for row in rows if row["consistent"]]
     assert len(consistent) == 10
     for row in consistent:
-        found = PopeScore(row["TP"], row["FP"], row["TN"], row["FN"])
+        score = PopeScore(row["TP"], row["FP"], row["TN"], row["FN"])
         for rate, published in row["published"].items():
-            assert 100 * getattr(found, rate) == pytest.approx(float(published), abs=0.0101)
+            assert 100 * getattr(score, rate) == pytest.approx(float(published), abs=0.0101)
 
 
 def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Path) -> None:
@@ -113,11 +113,11 @@ def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Pat
             read_pope_questions(folder / "questions.jsonl", Path()), read_pope_answers(folder / "answers.jsonl")
         )
     given_files = ScoringInputs(questions=folder / "questions.jsonl", annotations=folder / "annotations")
-    found = score_command("pope", [folder / "answers.jsonl"], given_files, "llava")
-    counts = {split: tuple(found[split][key] for key in ("tp", "fp", "tn", "fn")) for split in ("random", "popular")}
+    scores = score_command("pope", [folder / "answers.jsonl"], given_files, "llava")
+    counts = {split: tuple(scores[split][key] for key in ("tp", "fp", "tn", "fn")) for split in ("random", "popular")}
     assert counts == {"random": (23, 21, 3, 1), "popular": (23, 19, 5, 1)}
-    assert found["popular"]["accuracy"] == pytest.approx(0.5833333333333334)
-    assert found["provenance"]["parser"] == "llava"
+    assert scores["popular"]["accuracy"] == pytest.approx(0.5833333333333334)
+    assert scores["provenance"]["parser"] == "llava"
     labels = tmp_path / "labels"
     labels.mkdir()
     for name in ("random", "popular"):
@@ -142,15 +142,15 @@ def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Pat
 def test_rates_without_a_denominator_are_none(
     labels: list[str], texts: list[str], rates: tuple[float | None, ...]
 ) -> None:
-    found = score_pope_answers(asked(labels), answered(texts))
-    assert (found.precision, found.recall, found.f1) == rates
+    score = score_pope_answers(asked(labels), answered(texts))
+    assert (score.precision, score.recall, score.f1) == rates
 
 
 def test_rates_by_hand() -> None:
-    found = PopeScore(tp=6, fp=2, tn=9, fn=3)
-    assert (found.n, found.accuracy, found.precision, found.recall) == (20, 0.75, 0.75, pytest.approx(2 / 3))
-    assert found.f1 == pytest.approx(12 / 17)
-    assert found.yes_ratio == 0.4
+    score = PopeScore(tp=6, fp=2, tn=9, fn=3)
+    assert (score.n, score.accuracy, score.precision, score.recall) == (20, 0.75, 0.75, pytest.approx(2 / 3))
+    assert score.f1 == pytest.approx(12 / 17)
+    assert score.yes_ratio == 0.4
 
 
 @given(st.lists(st.sampled_from(["Yes", "No", "no dog", "", "It is not. Yes"]), max_size=30), st.randoms())
@@ -180,12 +180,12 @@ def test_any_file_scores_as_the_official_rule_says(rows: list[tuple[str, str]]) 
         asked_of = [{"question_id": i, "image": f"{i % 3}", "text": f"{i}?", "label": r[1]} for i, r in enumerate(rows)]
         questions = write_lines(Path(folder) / "q.json", asked_of)
         answers = write_lines(Path(folder) / "a.json", answered([text for text, _ in rows])[::-1])
-        found = score_command("pope", [answers], ScoringInputs(questions=questions))
+        scores = score_command("pope", [answers], ScoringInputs(questions=questions))
     places = {"tp": (True, True), "fp": (True, False), "tn": (False, False), "fn": (False, True)}
-    assert {key: found[key] for key in places} == {key: expected[place] for key, place in places.items()}
+    assert {key: scores[key] for key in places} == {key: expected[place] for key, place in places.items()}
     for rate in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
-        interval = found[f"{rate}_ci"]
-        assert (interval is None) == (found[rate] is None)
+        interval = scores[f"{rate}_ci"]
+        assert (interval is None) == (scores[rate] is None)
         assert interval is None or 0 <= interval[0] <= interval[1] <= 1
 
 
@@ -199,10 +199,10 @@ def test_parsers_by_name(refdata: Path) -> None:
 def test_answers_that_are_neither_count_as_lmms_eval_counts_them() -> None:
     """By hand: accuracy over all, precision and recall over what was said."""
     labels = ["yes", "yes", "yes", "no", "no", "no", "no"]
-    found = score_pope_answers(asked(labels), answered(["Yes", "no", "Yes.", "yes", "No", "no", "maybe"]), "lmms-eval")
-    assert (found.tp, found.fn, found.fp, found.tn, found.neither, found.n) == (1, 1, 1, 2, 2, 7)
-    assert (found.accuracy, found.precision, found.recall, found.f1) == (3 / 7, 0.5, 0.5, 0.5)
-    assert found.parser == "lmms-eval"
+    score = score_pope_answers(asked(labels), answered(["Yes", "no", "Yes.", "yes", "No", "no", "maybe"]), "lmms-eval")
+    assert (score.tp, score.fn, score.fp, score.tn, score.neither, score.n) == (1, 1, 1, 2, 2, 7)
+    assert (score.accuracy, score.precision, score.recall, score.f1) == (3 / 7, 0.5, 0.5, 0.5)
+    assert score.parser == "lmms-eval"
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ def test_answers_that_do_not_say_what_they_are_taken_for_are_unclear(answer: str
 
 
 def test_an_exact_parser_finds_unclear_what_it_takes_for_neither() -> None:
-    found = score_pope_answers(asked(["yes", "no", "yes"]), answered(["Yes", "no", "Yes."]), "lmms-eval")
-    assert (found.neither, found.unclear) == (1, 1)
+    score = score_pope_answers(asked(["yes", "no", "yes"]), answered(["Yes", "no", "Yes."]), "lmms-eval")
+    assert (score.neither, score.unclear) == (1, 1)
 
 
 # Files
@@ -247,12 +247,12 @@ def test_an_exact_parser_finds_unclear_what_it_takes_for_neither() -> None:
 
 def test_popes_own_layout_without_ids_goes_by_order_and_text() -> None:
     questions = asked(["yes", "no", "no"])
-    said = [{"question": q.text, "answer": text} for q, text in zip(questions, ("Yes", "Yes", "No"), strict=True)]
-    assert score_pope_answers(questions, said) == PopeScore(tp=1, fp=1, tn=1, fn=0)
+    records = [{"question": q.text, "answer": text} for q, text in zip(questions, ("Yes", "Yes", "No"), strict=True)]
+    assert score_pope_answers(questions, records) == PopeScore(tp=1, fp=1, tn=1, fn=0)
     with pytest.raises(DataError, match=r"2 answers are to another question text \(1, 2\)"):
-        score_pope_answers(questions, [said[0], said[2], said[1]])
+        score_pope_answers(questions, [records[0], records[2], records[1]])
     with pytest.raises(DataError, match=r"1 answers have no question \(line 4\)"):
-        score_pope_answers(questions, [*said, said[0]])
+        score_pope_answers(questions, [*records, records[0]])
 
 
 @pytest.mark.parametrize("name", ["coco_pope_random", "coco_pope_popular", "coco_pope_adversarial"])

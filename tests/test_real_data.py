@@ -85,7 +85,7 @@ def logits(model: Path, image: Path, **how: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("original", variants(PLACES, {"by its folder", "by its name"}), indirect=True)
+@pytest.mark.parametrize("original", variants(PLACES, {"by its name", "named by the config"}), indirect=True)
 def test_a_frozen_trunk_is_cached_wherever_the_tower_is(
     original: Original, relook: Command, world: Path, tmp_path: Path
 ) -> None:
@@ -101,7 +101,8 @@ def test_a_frozen_trunk_is_cached_wherever_the_tower_is(
     fine(relook("eval", "pope", "--model", tmp_path / "runs" / "disk", *short, "--out", tmp_path / "eval"))
 
 
-@pytest.mark.parametrize("original", [pytest.param(PLACES[0], marks=pytest.mark.slow), PLACES[2]], indirect=True)
+@pytest.mark.slow  # its commands have tests of their own
+@pytest.mark.parametrize("original", [PLACES[0], PLACES[2]], indirect=True)
 def test_every_command_of_the_page(
     original: Original, relook: Command, world: Path, tower: Path, tmp_path: Path
 ) -> None:
@@ -180,7 +181,7 @@ def test_a_sweep_answers_as_an_evaluation_does(
 RECIPES = [name for name in shipped_names("recipe") if name != "toyworld-base"]
 
 
-@pytest.mark.parametrize("recipe", variants(RECIPES, {"head", "post-decoder", "post-decoder-head", "hadpo-lora"}))
+@pytest.mark.parametrize("recipe", variants(RECIPES, {"post-decoder-head", "hadpo-lora"}))
 def test_every_shipped_recipe_trains_as_it_is(
     recipe: str, relook: Command, tiny: Path, tower: Path, world: Path, tmp_path: Path, no_trunk_cache: None
 ) -> None:

@@ -36,6 +36,7 @@ from relook.mine.run import mine_pairs
 from relook.mine.sentences import ENDED, NOTHING_TRUE, GrowingDescription, by_annotations, by_judge, by_own_answers
 from relook.toyworld.build import shipped_base
 
+NEUTRAL = ("It is a fine day.",)
 SETTINGS = MiningSettings(
     questions=4, max_new_tokens=40, batch_size=2, near_texts=0.0, by="sentence", continuations=3
 )  # parts of two
@@ -55,7 +56,7 @@ def description(*objects: str, text: str = "") -> GrowingDescription:
 
 def grown(growing: GrowingDescription, continuations: Sequence[Continuation]) -> GrowingDescription:
     candidates = growing.candidates(continuations)
-    [checked] = by_annotations(VOCABULARY)([(growing, candidates)])
+    [checked] = by_annotations(VOCABULARY, NEUTRAL)([(growing, candidates)])
     growing.grow(continuations, candidates, checked)
     return growing
 
@@ -120,17 +121,46 @@ def test_a_pair_has_an_end_mark_where_the_model_ends_and_all_is_named(objects: t
     assert [pair["complete"] for pair in growing.pairs] == [len(objects) == 1]
 
 
+def test_where_the_model_mostly_goes_on_with_what_is_false_it_is_corrected() -> None:
+    """By an object that is not named yet; where all are, an end is better."""
+    growing, texts = description("cup", "bed"), written("", " There is a dog.", " There is a dog.", " There is a cup.")
+    growing.text, growing.mentioned = "There is a cup.", {"cup"}
+    pair = {"context": "There is a cup.", "chosen": "There is a bed.", "rejected": "There is a dog.", "complete": False}
+    assert grown(growing, texts).pairs == [pair]
+    assert (growing.text, growing.end) == ("There is a cup. There is a bed.", "")
+    assert growing.counts["corrected"] == 1
+    sides = {"chosen": "There is a bed.", "rejected": "There is a bed. There is a dog.", "complete": True}
+    assert grown(growing, texts).pairs[1:] == [{"context": "There is a cup.", **sides}]
+    assert growing.end == NOTHING_TRUE
+
+
+def test_what_is_named_again_is_no_way_to_go_on() -> None:
+    growing = description("cup", "bed", text="There is a cup.")
+    growing.mentioned = {"cup"}
+    grown(growing, written(" The cup is red.", " The cup is red.", " It is calm."))
+    assert growing.text.endswith("It is calm.")
+
+
+def test_complete_pairs_go_on_as_the_description_did() -> None:
+    growing = description("cup", "bed", text="It is calm.")
+    grown(growing, written("\n\nThere is a dog.", "\n\nThere is a cup."))
+    grown(growing, written(" There is a bed.", complete=True))
+    [pair] = sentences.pairs_of_records([growing.picture], [growing.to_record()], None, complete=True).pairs
+    texts = [f"It is calm. There is a {name}. There is a bed." for name in ("cup", "dog")]
+    assert (*pair.answers, pair.context, pair.complete) == (*texts, "", True)
+    growing.end = NOTHING_TRUE
+    [pair] = sentences.pairs_of_records([growing.picture], [growing.to_record()], None, complete=True).pairs
+    assert not pair.complete
+
+
 def test_where_nothing_true_follows_an_end_is_better() -> None:
-    growing, texts = description("cup", "bed"), written(" There is a dog.", " There is a dog.", " There is a kite.")
-    growing.text, growing.mentioned = "It is calm. There is a cup.", {"cup"}
-    assert grown(growing, texts).pairs == []  # of what is there, something is left to say
-    growing = description("cup", text=growing.text)
+    texts = written(" There is a dog.", " There is a dog.", " There is a kite.")
+    growing = description("cup", text="It is calm. There is a cup.")
     growing.mentioned = {"cup"}
     grown(growing, texts)
     sides = {"chosen": "There is a cup.", "rejected": "There is a cup. There is a dog."}
     assert growing.pairs == [{"context": "It is calm.", **sides, "complete": True}]
     assert growing.end == NOTHING_TRUE
-    assert grown(description("cup"), written("There is a dog.")).pairs == []  # nothing that could end
 
 
 def test_what_says_most_that_is_new_goes_on() -> None:
@@ -144,7 +174,7 @@ def test_what_says_most_that_is_new_goes_on() -> None:
 @pytest.mark.parametrize(
     ("texts", "end"),
     [
-        ((" There is a dog.", " There is a kite.", ""), NOTHING_TRUE),
+        ((" There is a dog.", " There is a kite.", ""), ""),
         ((" There is a dog.", "", ""), ENDED),
         ((" There is a cup.", "", ""), ENDED),
         ((" There is a cup.", " There is a cup.", ""), ""),
@@ -226,6 +256,7 @@ def test_a_judge_that_answers_nonsense_is_counted_and_makes_no_pair(tmp_path: Pa
         ({"by": "sentense"}, "toyworld", False, "Did you mean sentence"),
         ({}, "none", False, "nothing finds the mistakes"),
         ({}, "toyworld", True, "a judge would do nothing"),
+        ({"complete": True, "by": "description"}, "toyworld", False, "complete as they are"),
     ],
 )
 def test_mistakes_of_a_user(
@@ -286,6 +317,7 @@ def test_mined_sentences_are_read_by_every_reader(mined: Path, world: Path) -> N
     assert "--pairs_path sentinel.json" in page
 
 
+@pytest.mark.slow  # test_mine.py stops the common parts
 def test_stopped_anywhere_it_ends_in_the_same_files(
     mined: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

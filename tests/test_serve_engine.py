@@ -175,7 +175,7 @@ def test_many_at_once_each_get_the_text_of_generate(name: str) -> None:
         assert engine.batch.counts.images == len(PICTURES)
 
 
-@pytest.mark.parametrize("make", [tiny_next, with_decoder], ids=["plain", "post decoder"])
+@pytest.mark.parametrize("make", variants([tiny_next, with_decoder], {with_decoder}), ids=["plain", "post decoder"])
 def test_llava_next(make: Callable[[], Any]) -> None:
     """Images of different sizes take different numbers of positions, and of tiles."""
     loaded = as_loaded_next(make())
@@ -291,7 +291,9 @@ class Kernels(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS[:1] * 3, TEXTS], ids=["one", "of one length", "of several"])
+@pytest.mark.parametrize(
+    "texts", variants([TEXTS[:1], TEXTS[:1] * 3, TEXTS], [TEXTS]), ids=["one", "of one length", "of several"]
+)
 def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -> None:
     model = tiny_relook()
     language_model = model.model.language_model

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,14 @@ from relook.train.feature_cache import TrunkCache
 from relook.train.run import train
 
 CPU = LoadOptions(device="cpu")
+RunOf = Callable[[str], Path]
 COUNTS = ("tp", "fp", "tn", "fn")
 
 
 def keys_of(world: Path, out: Path, **keys: Any) -> dict[str, Any]:
     """A sweep over that world's pairs, two steps a row."""
     recipe = dpo_keys(shipped_base(), world, out, max_steps=2, learning_rate=5e-3)
-    common = {"recipe": "toyworld-post-decoder", "data": world / "test", "max_new_tokens": 30, "rows": [{}]}
+    common = {"recipe": "toyworld-post-decoder", "data": world / "test", "max_new_tokens": 12, "rows": [{}]}
     return {**{key: value for key, value in recipe.items() if key != "task"}, **common, **keys}
 
 
@@ -53,8 +55,8 @@ def keys_of(world: Path, out: Path, **keys: Any) -> dict[str, Any]:
 
 
 def test_every_row_with_every_combination() -> None:
-    found = expand([{"beta": 1}, {"beta": 2}], {"seed": [0, 1], "learning_rate": [1e-3]})
-    assert found == [
+    expanded = expand([{"beta": 1}, {"beta": 2}], {"seed": [0, 1], "learning_rate": [1e-3]})
+    assert expanded == [
         {"beta": 1, "seed": 0, "learning_rate": 1e-3},
         {"beta": 1, "seed": 1, "learning_rate": 1e-3},
         {"beta": 2, "seed": 0, "learning_rate": 1e-3},
@@ -150,9 +152,9 @@ def test_a_folder_of_something_else_is_refused(world: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", shipped_names("sweep"))
 def test_shipped_sweeps_are_sound(name: str) -> None:
-    found = build_sweep({**read_yaml_or_shipped(name, "sweep"), "model_name_or_path": str(shipped_base())})
-    assert len(found.rows) == {"ablations": 24, "toyworld": 12}[name]
-    assert len({row.name for row in found.rows}) == len(found.rows)
+    sweep_config = build_sweep({**read_yaml_or_shipped(name, "sweep"), "model_name_or_path": str(shipped_base())})
+    assert len(sweep_config.rows) == {"ablations": 24, "toyworld": 12}[name]
+    assert len({row.name for row in sweep_config.rows}) == len(sweep_config.rows)
 
 
 # --- POPE from trunk states
@@ -168,25 +170,21 @@ REGIMES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Some steps of every regime on the shipped base, enough to change answers."""
+def run_of(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunOf:
+    """Return the run of a regime, trained when it is first wanted: steps enough to change answers of the base."""
     root = tmp_path_factory.mktemp("runs")
-    TrunkCache.current = None
-    made = {"base": shipped_base()}
-    for name, keys in REGIMES.items():
-        recipe = dpo_keys(shipped_base(), world, root / name, max_steps=5, learning_rate=3e-2, **keys)
-        made[name] = train(build_recipe(recipe))
-    TrunkCache.current = None
-    return made
 
+    @functools.cache
+    def trained(regime: str) -> Path:
+        if regime == "base":
+            return shipped_base()
+        TrunkCache.current = None
+        keys = dpo_keys(shipped_base(), world, root / regime, max_steps=5, learning_rate=3e-2, **REGIMES[regime])
+        run = train(build_recipe(keys))
+        TrunkCache.current = None
+        return run
 
-@pytest.fixture(scope="module")
-def whole_scores(runs: dict[str, Path], world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every run's evaluation by full generation."""
-    root = tmp_path_factory.mktemp("whole")
-    for name, run in runs.items():
-        evaluate_model(run, ["pope"], world / "test", root / name, "llava_hf", loading=CPU)
-    return {name: root / name for name in runs}
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -205,33 +203,28 @@ def engine_of(base: Path, world: Path, folder: Path) -> CachedPope:
     ids=["decided by yes and no", "by yes alone"],
 )
 def test_scores_are_those_of_full_generation(
-    words: Sequence[str],
-    runs: dict[str, Path],
-    whole_scores: dict[str, Path],
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    words: Sequence[str], run_of: RunOf, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pope_from_cache, "DECISIVE_MARGIN", words)
-    engine = engine_of(runs["base"], world, tmp_path)
-    engine.evaluate(runs["base"], tmp_path / "base")
+    engine = engine_of(run_of("base"), world, tmp_path)
+    engine.evaluate(run_of("base"), tmp_path / "base")
     engine.release()
     seen = set()
     every = "No" in words
-    for name, run in runs.items():
-        if not every and name not in ("base", "both", "lora"):  # whose trunk is shared, and one whose is not
-            continue
+    for name in ("base", *REGIMES) if every else ("base", "both", "lora"):  # one trunk is shared, another is not
+        run, generated = run_of(name), tmp_path / f"{name} generated"
+        evaluate_model(run, ["pope"], world / "test", generated, "llava_hf", loading=CPU)
         if name != "base":
             engine.evaluate(run, tmp_path / name)
         scores = read_json(tmp_path / name / "pope.json")
-        whole = read_json(whole_scores[name] / "pope.json")
+        expected = read_json(generated / "pope.json")
         for split in SPLITS:
-            full = whole[split]
+            full = expected[split]
             assert {k: scores[split][k] for k in full} == full, name
-            records = read_records(whole_scores[name] / f"pope_{split}.jsonl")
+            records = read_records(generated / f"pope_{split}.jsonl")
             undecided = sum(not record["answer"].startswith(tuple(words)) for record in records)
             assert scores[split]["generated"] == undecided, name
-        seen.add(tuple(whole["adversarial"][count] for count in COUNTS))
+        seen.add(tuple(expected["adversarial"][count] for count in COUNTS))
     assert len(seen) > 3 or not every  # the regimes answer differently
 
 
@@ -251,90 +244,87 @@ def next_token(loaded: LoadedModel, image: Path, text: str) -> Tensor:
     return logits.log_softmax(-1)
 
 
-@pytest.mark.parametrize("name", variants(REGIMES, {"post decoder", "self_cross", "lora"}))
-def test_first_tokens_are_the_models_own(
-    name: str, runs: dict[str, Path], world: Path, states: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", variants(REGIMES, {"self_cross", "lora"}))
+def test_first_tokens_are_the_models_own(name: str, run_of: RunOf, world: Path, states: Path, tmp_path: Path) -> None:
     """Log-probs against a plain forward pass, and the divergence against torch's."""
-    engine = engine_of(runs["base"], world, states)
-    found = torch.cat(list(engine.log_probs(runs[name], lambda: load_model(runs[name]))))
-    engine.evaluate(runs[name], tmp_path / "out")
+    run, base = run_of(name), run_of("base")
+    engine = engine_of(base, world, states)
+    log_probs = torch.cat(list(engine.log_probs(run, lambda: load_model(run))))
+    engine.evaluate(run, tmp_path / "out")
     records = read_records(tmp_path / "out" / FIRST_FILE)
-    assert len(records) == len(found) == len(engine.prompts.questions)
+    assert len(records) == len(log_probs) == len(engine.prompts.questions)
     assert sum(record["kl"] for record in records) > 0
-    tuned_model, base_model = load_model(runs[name]), load_model(runs["base"])
-    for index in (0, 7, len(found) - 1):
+    tuned_model, base_model = load_model(run), load_model(base)
+    for index in (0, 7, len(log_probs) - 1):
         question = engine.prompts.questions[index]
         tuned = next_token(tuned_model, question.image, question.text)
         untuned = next_token(base_model, question.image, question.text)
-        torch.testing.assert_close(found[index], tuned, atol=2e-4, rtol=1e-5)
+        torch.testing.assert_close(log_probs[index], tuned, atol=2e-4, rtol=1e-5)
         kl = F.kl_div(untuned, tuned, log_target=True, reduction="sum").item()
         assert records[index]["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-3)
 
 
-def test_only_what_has_the_bases_trunk_shares_it(runs: dict[str, Path], base: Path) -> None:
-    shared = {name for name, run in runs.items() if shares_trunk(run, runs["base"])}
-    assert shared == {*runs} - {"lora"}
-    assert not shares_trunk(runs["head"], base)
+@pytest.mark.parametrize("name", variants(REGIMES, {"both", "lora"}))
+def test_only_what_has_the_bases_trunk_shares_it(name: str, run_of: RunOf, base: Path) -> None:
+    assert shares_trunk(run_of(name), run_of("base")) == (name != "lora")
+    assert not shares_trunk(run_of(name), base)
 
 
 def test_a_run_that_is_shown_other_images_needs_a_pass_of_its_own(
-    runs: dict[str, Path], world: Path, states: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_of: RunOf, world: Path, states: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    padded = tmp_path / "padded"
-    shutil.copytree(runs["head"], padded)
+    padded, run = tmp_path / "padded", run_of("both")
+    shutil.copytree(run, padded)
     write_json(padded / "change.json", {**read_json(padded / "change.json"), "image_aspect_ratio": "pad"})
-    engine = engine_of(runs["base"], world, states)
+    engine = engine_of(run_of("base"), world, states)
     monkeypatch.setattr(CachedPope, "_live", lambda self, loaded: loaded.images.aspect_ratio)
     monkeypatch.setattr(CachedPope, "_from_states", lambda *_: "the base's")
     assert engine.log_probs(padded, lambda: load_model(padded)) == "pad"
-    assert engine.log_probs(runs["head"], lambda: load_model(padded)) == "the base's"
+    assert engine.log_probs(run, lambda: load_model(padded)) == "the base's"
 
 
-def test_generation_settings_that_steer(runs: dict[str, Path], world: Path, tmp_path: Path) -> None:
-    engine = engine_of(runs["base"], world, tmp_path)
+def test_generation_settings_that_steer(world: Path, tmp_path: Path) -> None:
+    engine = engine_of(shipped_base(), world, tmp_path)
     assert {*engine.decisive.values()} == {"Yes", "No"}
     token = next(token for token, word in engine.decisive.items() if word == "No")
     for change, expected in (({"suppress_tokens": [token]}, {"Yes"}), ({"repetition_penalty": 1.2}, set())):
-        other = engine_of(runs["base"], world, tmp_path)
+        other = engine_of(shipped_base(), world, tmp_path)
         for name, value in change.items():
             setattr(other.loaded.model.generation_config, name, value)
         assert {*other.decisive.values()} == expected
 
 
-def test_states_are_kept_until_something_changes(
-    runs: dict[str, Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_are_kept_until_something_changes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     shutil.copytree(world / "test", tmp_path / "world" / "test")
     world = tmp_path / "world"
-    whole = CachedPope._compute
+    compute = CachedPope._compute
 
     def counted(engine: CachedPope, policy: Policy) -> AnswerStates:
         passes.append(1)
-        return whole(engine, policy)
+        return compute(engine, policy)
 
     monkeypatch.setattr(CachedPope, "_compute", counted)
-    first = engine_of(runs["base"], world, tmp_path).states
-    again = engine_of(runs["base"], world, tmp_path).states
+    first = engine_of(shipped_base(), world, tmp_path).states
+    again = engine_of(shipped_base(), world, tmp_path).states
     assert len(passes) == 1
     assert again.features is not None
     assert first.features is not None
     for old, new in ((first.states, again.states), (first.features, again.features)):
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
-    engine = engine_of(runs["base"], world, tmp_path)
-    one, other_image = (engine.prompts.examples[i].images[0] for i in (0, 1))
-    stat = one.stat()
-    one.write_bytes(other_image.read_bytes())
-    os.utime(one, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by its content, not its time
+    engine = engine_of(shipped_base(), world, tmp_path)
+    image, other_image = (engine.prompts.examples[i].images[0] for i in (0, 1))
+    stat = image.stat()
+    image.write_bytes(other_image.read_bytes())
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by its content, not its time
     assert engine.states is not None
     assert len(passes) == 2
-    other = engine_of(runs["base"], world, tmp_path)
+    other = engine_of(shipped_base(), world, tmp_path)
     other.settings = replace(other.settings, template="v1")
     assert other.states is not None
     assert len(passes) == 3
     (tmp_path / "states.safetensors").write_bytes(b"torn")
-    assert engine_of(runs["base"], world, tmp_path).states is not None
+    assert engine_of(shipped_base(), world, tmp_path).states is not None
     assert len(passes) == 4
 
 
@@ -394,9 +384,9 @@ def test_a_sweep_leaves_a_run_and_scores_for_every_row(whole: Path) -> None:
     assert [row["regime"] for row in results["rows"]] == ["post decoder"] * 2 + ["head"] * 2
     for group, pair in zip(results["over_seeds"], (NAMES[:2], NAMES[2:]), strict=True):
         values = [read_json(whole / "eval" / name / "pope.json")["popular"]["f1"] for name in pair]
-        found = group["pope"]["popular"]["f1"]
-        assert found["mean"] == pytest.approx(sum(values) / 2)
-        assert found["sd"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))  # n - 1 = 1
+        f1 = group["pope"]["popular"]["f1"]
+        assert f1["mean"] == pytest.approx(sum(values) / 2)
+        assert f1["sd"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))  # n - 1 = 1
 
 
 def test_the_table_has_the_files_numbers(whole: Path) -> None:

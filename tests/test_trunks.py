@@ -13,6 +13,7 @@ from helpers.tiny import dpo_keys, scramble, sft_keys, write_world
 from helpers.trunks import KINDS, byte_tokenizer, row_log_probs, save_trunk, tiny_config
 from helpers.variants import variants
 from PIL import Image
+from test_packing import flex_attention_by_sdpa
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
@@ -39,7 +40,7 @@ from relook.model.lazy_model import open_folder
 from relook.model.load import LoadOptions, add_post_decoder
 from relook.model.modeling_relook import TOWERS_READ
 from relook.recipe import build_recipe
-from relook.report.plots import attention_before
+from relook.report.attention_maps import attention_before
 from relook.train.run import train
 
 TOWER: dict[str, Any] = {"features": "tower"}  # the post decoder looks at the tower's states, before the merger
@@ -51,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 # named, which are checked when they are loaded.
 NAMED = [kind for kind in families.FAMILIES if kind in KINDS]
 UNNAMED = [
-    *("idefics3", "aya_vision", "vipllava", "idefics2", "deepseek_vl", "janus", "video_llama_3", "paddleocr_vl"),
+    *("idefics3", "aya_vision", "vipllava", "deepseek_vl", "janus", "video_llama_3", "paddleocr_vl"),
     *("exaone4_5", "glm46v", "qwen3_vl_moe", *(["mistral3"] if is_torchvision_available() else [])),
 ]
 SUITE = [pytest.param(k, marks=[] if k == "qwen2_5_vl" else pytest.mark.slow) for k in (*NAMED, *UNNAMED)]
@@ -119,7 +120,7 @@ def test_a_prompt_is_that_of_the_processor_and_its_chat_template(loaded: LoadedM
     ]
     text = loaded.processor.apply_chat_template(history, add_generation_prompt=True)
     text = text.replace("assistant \n", "assistant\n")  # LLaVA-OneVision's, in earlier turns only
-    assert list(ids) == loaded.processor(images=images[:1], text=[text])["input_ids"][0]
+    assert list(ids) == torch.as_tensor(loaded.processor(images=images[:1], text=[text])["input_ids"][0]).tolist()
 
 
 def test_the_placeholder_in_a_text_is_no_image(loaded: LoadedModel) -> None:
@@ -178,6 +179,15 @@ def test_hybrids_are_refused_by_name(tmp_path: Path) -> None:
 def test_families_whose_trees_would_differ_are_refused_by_name(kind: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=reason):
         load_model(save_trunk(tmp_path / kind, kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["idefics2", "deepseek_vl"])
+def test_a_processor_that_changes_texts_beside_images_is_noted(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_model(save_trunk(tmp_path / kind, kind))
+    assert ("changes texts beside images" in capsys.readouterr().err) == (kind == "idefics2")
 
 
 @pytest.mark.parametrize("kind", ["smolvlm", "gemma3"])
@@ -260,9 +270,15 @@ def test_trees_are_equal_to_separate_rows(folder: Path, world: Path, settings: d
         assert (wrong - theirs).abs().max() > 1e-2
 
 
+# Compiled for a CPU, FlexAttention takes half a minute.
+@pytest.mark.parametrize("attention", ["dense", "flex by SDPA", pytest.param("flex", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_windows_and_images_that_see_both_ways(tmp_path: Path, world: Path) -> None:
+def test_windows_and_images_that_see_both_ways(
+    attention: str, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gemma 3 with windows much shorter than its rows, packed with and without FlexAttention."""
+    if attention == "flex by SDPA":
+        flex_attention_by_sdpa(monkeypatch)
     loaded = load_model(save_trunk(tmp_path / "gemma3", "gemma3"))
     text = loaded.core.config.text_config
     loaded.core.model.language_model.config.sliding_window = text.sliding_window = 20
@@ -270,14 +286,13 @@ def test_windows_and_images_that_see_both_ways(tmp_path: Path, world: Path) -> N
         layer.self_attn.sliding_window = 20 if layer.self_attn.sliding_window else None
     items = sorted(map(Item, examples_of(loaded, world)), key=lambda item: -len(item.example.tree))
     theirs = row_log_probs(loaded, items)
-    for trunk_pass in ("dense", "flex"):
-        collator = Collator(Policy(loaded.core, trunk_pass=trunk_pass), loaded.images, loaded.pad_id)
-        batch = collator(items)["batch"]
-        torch.testing.assert_close(collator.policy(batch), theirs, atol=1e-5, rtol=1e-5)
-        causal = torch.arange(batch.packed.ids.shape[1], dtype=torch.int32).expand_as(batch.packed.first_query)
-        packed = type(batch.packed)(**{**vars(batch.packed), "first_query": causal})
-        wrong = collator.policy(type(batch)(**{**vars(batch), "packed": packed}))
-        assert (wrong - theirs).abs().max() > 1e-2
+    collator = Collator(Policy(loaded.core, trunk_pass=attention.split()[0]), loaded.images, loaded.pad_id)
+    batch = collator(items)["batch"]
+    torch.testing.assert_close(collator.policy(batch), theirs, atol=1e-5, rtol=1e-5)
+    causal = torch.arange(batch.packed.ids.shape[1], dtype=torch.int32).expand_as(batch.packed.first_query)
+    packed = type(batch.packed)(**{**vars(batch.packed), "first_query": causal})
+    wrong = collator.policy(type(batch)(**{**vars(batch), "packed": packed}))
+    assert (wrong - theirs).abs().max() > 1e-2
 
 
 def test_branches_restart_behind_the_prefix_in_all_three_numbers() -> None:
@@ -450,11 +465,14 @@ def test_a_conversation_goes_on_in_the_engine(folder: Path, tmp_path: Path) -> N
         engine.stop()
 
 
+ONE_GRID = ("gemma3", "vipllava", "deepseek_vl", "janus")
+
+
 def test_a_map_has_the_proportions_of_the_picture(folder: Path) -> None:
     loaded, image = with_decoder(folder), picture((60, 30))
     turns = [Turn("<image>\nWhat is this?", "There is a cup.")]
     grids = attention_before(loaded, image, turns, [turns[0].response.index("cup")])
-    if not loaded.images.flat and not loaded.core.config.model_type.endswith(("gemma3", "vipllava")):  # tiles
+    if not loaded.images.flat and not loaded.core.config.model_type.endswith(ONE_GRID):  # tiles, or learned queries
         assert grids == []
         return
     [grid] = grids

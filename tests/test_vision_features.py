@@ -40,15 +40,15 @@ def trained(out: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("regime", variants(REGIMES, {"lora, projector and post decoder", "full, sft"}))
+@pytest.mark.parametrize("regime", variants(REGIMES, {"lora, projector and post decoder"}))
 def test_training_is_the_same_and_does_without_the_tower(
     regime: str, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of, keys = REGIMES[regime]
     monkeypatch.setattr(feature_cache, "IMAGE_BATCH", 4)
     seen: list[int] = []
-    whole = Policy.encode_images
-    monkeypatch.setattr(Policy, "encode_images", lambda self, *of: seen.append(len(of[0])) or whole(self, *of))
+    encode_images = Policy.encode_images
+    monkeypatch.setattr(Policy, "encode_images", lambda self, *of: seen.append(len(of[0])) or encode_images(self, *of))
     found, looked = {}, {}
     for cache in ("off", "memory"):
         seen.clear()
@@ -72,16 +72,16 @@ def prepared(base: Path, world: Path, tmp_path: Path, **keys: Any) -> tuple[Any,
 def test_features_are_the_towers(base: Path, world: Path, tmp_path: Path) -> None:
     """By transformers alone: the layer before the last one, without the class token."""
     recipe, policy, examples, collator = prepared(base, world, tmp_path)
-    found = cache_vision_features(recipe, policy, examples, collator.images)
-    assert found is not None
-    assert found.keys() == {path for example in examples for path in example.images}
-    for path, kept in found.items():
+    features = cache_vision_features(recipe, policy, examples, collator.images)
+    assert features is not None
+    assert features.keys() == {path for example in examples for path in example.images}
+    for path, kept in features.items():
         with torch.no_grad():
             pixels = collator.images(path)[None]
             hidden = policy.core.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         assert kept.projected is None  # it may train
         torch.testing.assert_close(kept.tower, hidden[-2][0, 1:], rtol=1e-5, atol=1e-5)
-    collator.vision_features = found
+    collator.vision_features = features
     items = [Item(example) for example in examples[:3]]
     batch = collator(items)["batch"]
     assert batch.pixel_values is None
@@ -90,10 +90,10 @@ def test_features_are_the_towers(base: Path, world: Path, tmp_path: Path) -> Non
         assert states.untyped_storage().nbytes() == states.nbytes  # nothing else goes along to a process
     assert collator(items)["work"].encoded == 0
     collator.vision_features = None
-    given = collator(items)
-    assert (given["batch"].tower, given["work"].encoded) == (None, given["work"].features)
+    inputs = collator(items)
+    assert (inputs["batch"].tower, inputs["work"].encoded) == (None, inputs["work"].features)
     with torch.no_grad():
-        torch.testing.assert_close(policy(batch), policy(given["batch"]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(policy(batch), policy(inputs["batch"]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("keys", "wider"), [(LORA, False), ({"tune_mm_mlp_adapter": True}, True)], ids=str)
@@ -119,29 +119,32 @@ def test_where_each_step_computes_its_own(
     base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, policy, examples, collator = prepared(base, world, tmp_path)
-    wanted = build_recipe(dpo_keys(base, world, tmp_path / "wanted", **LORA, feature_cache="memory"))
+    cached_recipe = build_recipe(dpo_keys(base, world, tmp_path / "wanted", **LORA, feature_cache="memory"))
     take = lambda recipe: cache_vision_features(recipe, policy, examples, collator.images)  # noqa: E731
     assert take(recipe) is not None
     with monkeypatch.context() as several:
         several.setattr(distributed, "world_size", lambda: 2)
         assert take(recipe) is None
-        assert take(wanted) is not None
+        assert take(cached_recipe) is not None
     with monkeypatch.context() as small:
         size = sum(tensor.nbytes for tensor in (take(recipe) or {}).values())
         small.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size - 2))
         assert take(recipe) is None
-        assert take(wanted) is not None
+        assert take(cached_recipe) is not None
         small.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size + 2))
         assert take(recipe) is not None
     with monkeypatch.context() as tiles:
         # Elsewhere what the language model reads is kept, as long as the projector does not train.
         tiles.setattr(feature_cache, "family_of", lambda config: SimpleNamespace(projects_rows=False))
         kept = next(iter((take(recipe) or {}).values()))
-        assert (kept.tower, kept.projected.shape) == (None, next(iter((take(wanted) or {}).values())).projected.shape)
+        assert (kept.tower, kept.projected.shape) == (
+            None,
+            next(iter((take(cached_recipe) or {}).values())).projected.shape,
+        )
         assert take(replace(recipe, tune_mm_mlp_adapter=True)) is None
         with pytest.raises(RecipeError, match="projector of a llava trains"):
-            take(replace(wanted, tune_mm_mlp_adapter=True))
-    assert cache_vision_features(wanted, policy, [], collator.images) is None
+            take(replace(cached_recipe, tune_mm_mlp_adapter=True))
+    assert cache_vision_features(cached_recipe, policy, [], collator.images) is None
 
 
 def test_recipes_say_where_there_is_nothing_to_keep(base: Path, world: Path, tmp_path: Path) -> None:

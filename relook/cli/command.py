@@ -1,7 +1,5 @@
 """What all commands share: groups in the help, every mistake of a command line at once, and JSON for programs."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

@@ -1,7 +1,5 @@
 """Commands that make and mend data: `relook mine` and `relook data ...`."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Commands on model folders."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -179,6 +179,9 @@ class MiningOptions:
     continuations: Annotated[
         int, typer.Option(help="By sentence: continuations sampled at each sentence's end.", min=2)
     ] = 5
+    complete: Annotated[
+        bool, typer.Option("--complete", help="By sentence: pair complete descriptions that differ in a sentence.")
+    ] = False
     temperature: Annotated[float, typer.Option(help="Of what is sampled.")] = 1.0
     questions: Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)] = 6
     contrast: Annotated[
@@ -212,7 +215,7 @@ class MiningOptions:
 
         names = (
             *("samples", "questions", "temperature", "batch_size", "max_new_tokens", "near_texts"),
-            *("continuations", "max_pairs", "max_images", "contrast"),
+            *("continuations", "complete", "max_pairs", "max_images", "contrast"),
         )
         chosen: dict[str, Any] = {name: getattr(self, name) for name in names}
         own_answers = self.judge == OWN_JUDGES[1]

@@ -1,7 +1,5 @@
 """Commands that answer people."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Commands that train, or say what training takes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any

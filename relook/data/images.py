@@ -13,16 +13,16 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.nn.functional import pad
 
 from relook.data.image_limits import check_structure
 from relook.data.rgb import as_rgb, upright
 from relook.errors import DataError
+
+if TYPE_CHECKING:  # reports and checks of data decode images without torch, whose import takes seconds
+    from torch import Tensor
 
 # ----------------------------------------------------------------------------------------------------
 # Least-recently-used cache, limited by a number of bytes.
@@ -280,10 +280,11 @@ class ImageLoader:
             return as_rgb(opened).resize((width, height), Image.Resampling.BICUBIC)
         pixels = self(image)
         mean, std = (
-            torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
+            pixels.new_tensor(getattr(self.image_processor, name))[:, None, None]
+            for name in ("image_mean", "image_std")
         )
         # Undo the normalisation: back to 8 bits per channel.
-        pixels_8bit = (255 * (pixels * std + mean)).round().clamp(0, 255).to(torch.uint8)
+        pixels_8bit = (255 * (pixels * std + mean)).round().clamp(0, 255).byte()
         return Image.fromarray(pixels_8bit.permute(1, 2, 0).numpy())
 
     def preprocess(self, images: Sequence[Image.Image], subject: str = "An image") -> Tensor:
@@ -302,7 +303,7 @@ class ImageLoader:
             is_too_long = long > MAX_ASPECT * short
         else:
             # Padding makes a square of the long side; the processor scales the short side to its target.
-            target = self.image_processor.size.get("shortest_edge") or 0
+            target = (self.image_processor.size or {}).get("shortest_edge") or 0
             pixels = long * long if self.aspect_ratio == "pad" else target * target * long // short
             is_too_long = pixels > MAX_PIXELS
         if is_too_long:
@@ -333,7 +334,7 @@ class ImageLoader:
             image = pad_to_square(image, (red, green, blue))
         processed = self.image_processor(images=[image], return_tensors="pt")
         inputs = {name: processed[name] for name in self.input_names if name in processed}
-        return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
+        return inputs | {"pixel_values": inputs["pixel_values"].float()}
 
 
 def _opened(image: Shown) -> Image.Image:
@@ -350,6 +351,8 @@ def _subject(image: Shown) -> str:
 
 def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Concatenate the inputs of single images to a batch, with zeros up to the most tiles, or the largest picture."""
+    import torch
+
     batch = {}
     for name in inputs[0] if inputs else ():
         tensors = [image[name] for image in inputs]
@@ -360,6 +363,8 @@ def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    from torch.nn.functional import pad
+
     missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
     # `pad` takes the last axis first, each with what is missing before and behind.
     return pad(tensor, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else tensor

@@ -374,6 +374,8 @@ def pack(
             start = span.stop
     first_query = torch.arange(L, dtype=torch.int32).repeat(len(rows), 1)
     if image_token_id is not None:
+        # All positions of an image see it from its first one on: the running maximum of where images begin. `roll`
+        # brings the row's end to its beginning, which does no harm: an image there begins at 0, as the maximum does.
         is_image = ids == image_token_id
         begins = is_image & ~is_image.roll(1, dims=1)
         first_query = torch.where(is_image, (first_query * begins).cummax(1).values, first_query)

@@ -47,6 +47,8 @@ def tree_positions(
     trees_grids = [()] * len(trees) if grids is None else [grid.split(1) for grid in grids.split(list(image_counts))]
     positions = []
     for tree, image_grids in zip(trees, trees_grids, strict=True):
+        # A branch's numbers depend on the prefix and not on its siblings, so each is numbered in a row of its own; the
+        # prefix has the same numbers in all of these rows.
         rows = [row_positions(config, (*tree.prefix, *branch.ids), list(image_grids)) for branch in tree.branches]
         if rows[0] is None:
             return None

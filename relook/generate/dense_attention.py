@@ -54,6 +54,7 @@ class DenseReads:
         like: a tensor of the keys' dtype, on their device.
         steps: steps of one new position a text that these reads serve, 0 for a single pass of any. Keys and values are
             gathered once for all steps; new ones are written beside them, and into the pool by `write_back`.
+        rooms: cells that each text may have alone, with steps. What it writes beyond them goes nowhere.
         ahead: (N,) new positions behind its own that each query sees, inside an image of models like Gemma 3.
     """
 
@@ -64,10 +65,11 @@ class DenseReads:
         shared: Sequence[Span],
         like: Tensor,
         steps: int = 0,
+        rooms: Sequence[int] = (),
         ahead: Sequence[int] | None = None,
     ) -> None:
         self.steps, self.step, self._stored = steps, 0, 0
-        self._private, self._device = private, like.device
+        self._private, self._rooms, self._device = private, rooms, like.device
         self._gathered: dict[int, tuple[KV, KV]] = {}  # by the pool's tensor: it, and what was gathered
         self._written: list[KV] = []  # (pool, gathered) that new keys and values went into
         self._batches: list[_Batch] = []
@@ -183,15 +185,11 @@ class DenseReads:
                 batch.mask.view(-1).index_fill_(0, batch.opens, 0)
                 batch.opens.add_(1)
 
-    def write_back(self, rooms: Sequence[int]) -> None:
-        """Write the keys and values of the steps since the last call into the pool.
-
-        Args:
-            rooms: cells that each text may have alone. What it wrote beyond them goes nowhere.
-        """
+    def write_back(self) -> None:
+        """Write the keys and values of the steps since the last call into the pool."""
         begin = self._new - min(self.step, self.steps - 1)
         sources, targets = [], []
-        for number, ((first, used), room) in enumerate(zip(self._private, rooms, strict=True)):
+        for number, ((first, used), room) in enumerate(zip(self._private, self._rooms, strict=True)):
             for step in range(self._stored, min(self.step, room - used + 1)):
                 sources.append((number, step))
                 targets.append(first + used - 1 + step)

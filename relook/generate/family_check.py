@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from relook.console import status
 from relook.data.images import RecentCache
 from relook.data.packing import Tree
-from relook.data.templates import IMAGE, TemplatePiece
+from relook.data.templates import CHAT, IMAGE, TemplatePiece
 from relook.errors import CheckpointError
 from relook.forward.collate import build_live_batch
 from relook.forward.policy import Policy
@@ -42,6 +43,7 @@ def check_family(loaded: LoadedModel) -> None:
     try:
         difference = max(_difference(loaded, _noise(size)) for size in SIZES)
         same_answer = _answers_alike(loaded, _noise(SIZES[0]))
+        same_prompt = loaded.template != CHAT or _prompts_alike(loaded, _noise(SIZES[0]))
     except Exception as error:  # of an unknown class: anything may be missing anywhere
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise CheckpointError(f"{loaded.path} is a {kind}, which relook cannot read: {reason}", advice) from error
@@ -53,11 +55,22 @@ def check_family(loaded: LoadedModel) -> None:
         )
     if not same_answer:
         raise CheckpointError(f"{loaded.path} is a {kind}, whose answers the engine would change.", advice)
+    if not same_prompt:
+        status(f"  {loaded.path}: a {kind}'s processor changes texts beside images, relook does not", style="yellow")
 
 
 def _noise(size: tuple[int, int]) -> Image.Image:
     values = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Image.fromarray(values.numpy())
+
+
+def _prompts_alike(loaded: LoadedModel, picture: Image.Image) -> bool:
+    """Return True if a prompt over a picture is that of the processor and its chat template."""
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": content}]
+    text = loaded.processor.apply_chat_template(messages, add_generation_prompt=True)
+    theirs = torch.as_tensor(loaded.processor(images=[picture], text=[text])["input_ids"])
+    return bool(torch.equal(loaded.encode([picture], "What is it?")["input_ids"].cpu(), theirs))
 
 
 @torch.inference_mode()

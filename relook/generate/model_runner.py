@@ -229,7 +229,7 @@ class ModelRunner:
         """
         self.write_back()
         if self.compiled and self._compiling is None:
-            status("Compiling the model's layers (a minute at most; the next run finds them on disk).", style="dim")
+            status("Compiling the model's layers (half a minute at most; they are kept on disk).", style="dim")
             self._compiling = time.perf_counter()
         try:
             states = self._read_prompts(batch)
@@ -285,7 +285,7 @@ class ModelRunner:
     def write_back(self) -> None:
         """Bring the keys and values of the steps since the last pass into the pool."""
         if self._open is not None and isinstance(self._open.reads, DenseReads):
-            self._open.reads.write_back(self._open.rooms)
+            self._open.reads.write_back()
         self._open = None
 
     @torch.inference_mode()

@@ -183,7 +183,6 @@ class PassLayout:
             reads,
             image,
             self._sampling(texts, rows),
-            [text.extent.size - offset for text, offset in zip(texts, offsets, strict=True)],
             self._logprobs(texts, rows),
         )
 
@@ -218,7 +217,9 @@ class PassLayout:
         age = sum(text.launched for text in texts) // len(texts)
         steps = min(DENSE_STEPS, 1 + age, max(1, *(text.max_new_tokens - text.launched for text in texts)))
         counts, image_pool = [1] * len(private), self.runner.image_pool
-        reads = DenseReads(counts, private, shared, self.runner.pool.layers[0][0], steps)
+        # What a text writes beyond its extent, in a step too many, goes nowhere.
+        rooms = [text.extent.first + text.extent.size - first for text, (first, _) in zip(texts, private, strict=True)]
+        reads = DenseReads(counts, private, shared, self.runner.pool.layers[0][0], steps, rooms)
         if image_pool is None:
             return reads, None
         images = [text.extent.image for text in texts]

@@ -5,7 +5,6 @@ Shape letters: N positions of a pass or rows of a step, T texts of a prefill.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,6 @@ class StepState:
         moves: (N,) of `ints`: 1, or 0 where a row belongs to no text and stays at the pool's last cell.
         reads: of the beginning that a row shares, and of its own extent.
         image: reads of the images' keys and values by the post decoder.
-        rooms: cells of each row's own extent; only dense reads ask for it.
         logprobs: log-probabilities and ids as `token_logprobs` returns them, where any row wants them.
     """
 
@@ -45,7 +43,6 @@ class StepState:
     reads: AnyReads
     image: AnyReads | None
     sampling: RowSampling | None
-    rooms: Sequence[int] = ()
     logprobs: tuple[Tensor, Tensor] | None = None
 
     @property

@@ -195,7 +195,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Give waiting texts their extents, in order, as far as there is room."""
         next_texts = list(self._next_texts())
-        features = self._features_for_placing(next_texts)
+        features = self._prepare(next_texts)
         for text in next_texts:
             # While others run, a text that finds no room waits: they will release theirs.
             idle = not self.growing and not self.reading
@@ -210,8 +210,6 @@ class Scheduler:
                     text.fail()
                     raise MemoryError(f"{len(text.ids) + text.max_new_tokens} positions do not fit into the pool.")
                 return
-            grids = [text.image_inputs[key].get(GRID) for key in text.images]
-            text.positions = row_positions(self.runner.core.config, text.ids, grids)
             self.counts.prompt_tokens += len(text.ids)
             self.counts.reused_tokens += text.reused
             self.reading.append(self.waiting.popleft())
@@ -225,12 +223,15 @@ class Scheduler:
             images.update(text.images)
             yield text
 
-    def _features_for_placing(self, texts: Sequence[Text]) -> Mapping[ImageKey, ImageFeatures]:
-        """Return the images' features where the post decoder reads them, which needs them before a prompt is read."""
-        if self.runner.image_pool is None:
-            return {}
+    def _prepare(self, texts: Sequence[Text]) -> Mapping[ImageKey, ImageFeatures]:
+        """Number the texts' positions. Return their images' features where the post decoder reads them, which needs
+        them before a prompt is read."""
         try:
-            return self._encode(texts)
+            for text in texts:
+                if text.positions is None:
+                    grids = [text.image_inputs[key].get(GRID) for key in text.images]
+                    text.positions = row_positions(self.runner.core.config, text.ids, grids)
+            return {} if self.runner.image_pool is None else self._encode(texts)
         except Exception:
             for text in texts:
                 self.waiting.remove(text)

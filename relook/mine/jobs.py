@@ -114,6 +114,7 @@ class MiningSettings:
         parquet: write TRL's file, too.
         by: pairs of a whole "description" each, or by "sentence" (`relook.mine.sentences`).
         continuations: by sentence: how many are sampled at each sentence's end.
+        complete: by sentence: pairs of complete descriptions that differ in a sentence, instead of sentences alone.
         own_answers: by sentence: the model's own yes/no answers check what it wrote.
         max_pairs: largest number of pairs of descriptions or sentences; 0 keeps all.
         max_images: number of images, drawn by the seed, that are mined; 0 for all.
@@ -131,6 +132,7 @@ class MiningSettings:
     parquet: bool = True
     by: str = "description"
     continuations: int = 5
+    complete: bool = False
     own_answers: bool = False
     max_pairs: int = 0
     max_images: int = 0

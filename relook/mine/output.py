@@ -159,6 +159,9 @@ def _cost(cost: Mapping[str, Any]) -> list[str]:
         *_rows("checks", cost["checks"], {}),
         *(f"| descriptions: {why} | {count:,} |" for why, count in cost["descriptions"].items()),
         *_rows("sentences without a verdict", cost["sentences_not_judged"], {}),
+        *_rows(
+            "sentences corrected, since the model mostly went on with what is false", cost["sentences_corrected"], {}
+        ),
     ]
 
 
@@ -213,15 +216,21 @@ def write_pairs_page(
     images: Mapping[str, MinedImage],
     vocabulary: Vocabulary | None,
     by_sentence: bool = False,
+    complete: bool = False,
 ) -> None:
     """Write `out/pairs.html`: pairs from all over the list.
 
     Args:
+        complete: whether pairs by sentence are complete descriptions.
         vocabulary: of the annotations; without one the words in which the texts differ are marked.
     """
     # Questions fill the room that description pairs leave, and the other way round.
     questions = _sample_evenly(records, CARDS - min(len(pairs), DESCRIBED))
     shown = _sample_evenly(pairs, CARDS - len(questions))
+    recipe, files = "post-decoder", f"--desc_data_path {DESC} --pope_data_path {POPE}"
+    if by_sentence:
+        files = f"--pairs_path {SENTENCES}" + (" --dpo_tokens differing --nll_weight 1" if complete else "")
+        recipe = recipe if complete else "sentinel"
     page = render(
         "pairs.html.j2",
         title="Preference pairs",
@@ -229,11 +238,7 @@ def write_pairs_page(
             (
                 # Without a path, because the same mining writes the same file in any folder.
                 "Train on these pairs, from their folder",
-                f"relook train sentinel --model_name_or_path MODEL --vg_path . --pairs_path {SENTENCES} "
-                "--output_dir runs/mine"
-                if by_sentence
-                else f"relook train post-decoder --model_name_or_path MODEL --vg_path . --desc_data_path {DESC} "
-                f"--pope_data_path {POPE} --output_dir runs/mine",
+                f"relook train {recipe} --model_name_or_path MODEL --vg_path . {files} --output_dir runs/mine",
             ),
             ("See what the run changed", "relook eval pope chair --model runs/mine --data COCO --out eval/mine"),
         ],

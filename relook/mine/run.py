@@ -177,6 +177,10 @@ def _check_settings(
             "A true and a false sentence are found among several sampled ones.",
             "Give --continuations 2 or more and a --temperature above 0.",
         )
+    if settings.complete and not settings.by_sentence:
+        raise RecipeError(
+            "Pairs by description are complete as they are.", "Leave --complete out, or give --by sentence."
+        )
     if settings.contrast and (settings.by_sentence or source.annotations == "none"):
         raise RecipeError(
             "Only whole descriptions that annotations check can be made worse.",
@@ -206,14 +210,14 @@ def _pair_sentences(
 ) -> DescriptionPairs:
     """Grow descriptions and return their pairs; every process checks what it samples."""
     if annotated.vocabulary is not None:
-        check = sentences.by_annotations(annotated.vocabulary)
+        check = sentences.by_annotations(annotated.vocabulary, annotated.neutral)
     elif judge is not None:
         check = sentences.by_judge(Judge(judge, work / JUDGE_CACHE, distributed.rank()))
     else:
         check = sentences.by_own_answers(coco_vocabulary(), load, settings)
     prompts = [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
     records = sentences.describe_by_sentence(pictures, prompts, settings, load, check, work)
-    result = sentences.pairs_of_records(pictures, records, judge)
+    result = sentences.pairs_of_records(pictures, records, judge, settings.complete)
     # Lengths are not matched: both sides are the model's own words, and where nothing true follows an end is better.
     candidates.drop_near_duplicates(result, settings.near_texts)
     return result
@@ -332,4 +336,4 @@ def write_outputs(
     output.write_images(out, used.values(), {image: exclusion.mined[image]["content"] for image in used})
     if settings.parquet:
         output.write_pairs_parquet(out)
-    write_pairs_page(out, pairs, records, used, vocabulary, settings.by_sentence)
+    write_pairs_page(out, pairs, records, used, vocabulary, settings.by_sentence, settings.complete)

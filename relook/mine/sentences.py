@@ -4,13 +4,19 @@ At the end of each sentence the model continues its description several times, b
 and a false one become a pair, and the description goes on from the true one, until it ends (Peng et al. 2025,
 arXiv:2507.12455, section 3). SENTINEL checks by two detectors; here annotations do, or a judge, or the model's own
 answers to yes/no questions.
+
+Two things are not SENTINEL's. Where the model mostly goes on with what is false and has nothing new that is true, the
+false sentence is corrected, as mining by description does: its descriptions do not end there. And complete pairs go on,
+on both sides, as the description did after the true sentence, so that training sees where descriptions end, too; what
+differs is a sentence.
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +38,7 @@ from relook.generate.answering import (
 )
 from relook.mine.candidates import DescriptionPairs
 from relook.mine.jobs import BATCHES, MiningSettings, Record, run_resumable
-from relook.mine.pairs import JudgedDescription, MinedPair, check_descriptions, claimed_objects
+from relook.mine.pairs import JudgedDescription, MinedPair, check_descriptions, claimed_objects, correct_description
 from relook.mine.pictures import MinedImage
 
 # ----------------------------------------------------------------------------------------------------
@@ -48,11 +54,13 @@ class CheckedSentence(NamedTuple):
 
     Args:
         true: None if it cannot be told.
-        present: objects in the picture that it names.
+        present: objects in the picture that it names, or that a false one's correction names.
+        corrected: of a false one, what the least change makes of it; empty where nobody knows.
     """
 
     true: bool | None
     present: frozenset[str] = frozenset()
+    corrected: str = ""
 
 
 class Candidate(NamedTuple):
@@ -104,11 +112,12 @@ class GrowingDescription:
     def grow(
         self, continuations: Sequence[Continuation], candidates: Sequence[Candidate], checked: Sequence[CheckedSentence]
     ) -> None:
-        """Make a pair of a true and a false candidate, and go on from the true one."""
+        """Make a pair of a true and a false candidate, and go on from the true one, or from a corrected one."""
         earlier = set(split_sentences(self.text)[::2])
         verdicts = list(zip(candidates, checked, strict=True))
-        true = [(c, v) for c, v in verdicts if v.true and c.sentence not in earlier]
-        false = [c for c, v in verdicts if v.true is False]
+        false = [(c, v) for c, v in verdicts if v.true is False]
+        # What names again what is named, and nothing else, is true, too, but to go on with it teaches repetition.
+        true = [(c, v) for c, v in verdicts if v.true and c.sentence not in earlier and (self._new(v) or not v.present)]
         ends = sum(not continuation.text.strip() for continuation in continuations)
         self.counts.update(
             {
@@ -119,27 +128,49 @@ class GrowingDescription:
                 "not_judged": sum(v.true is None for _, v in verdicts),
             }
         )
-        if not true:
-            self.end = ENDED if 2 * ends >= len(continuations) else NOTHING_TRUE
-            if false and self.text and self.exhausted:
-                self.pairs.append(self._ending(false[0]))
-            return
         # The true one that says most that is new, so that training does not learn to say less; among equals, and of
         # the false ones, the one that the model writes most often.
-        best, verdict = max(true, key=lambda item: (len(item[1].present - self.mentioned), len(item[0].samples)))
-        complete = 2 * sum(sample.complete for sample in best.samples) >= len(best.samples)
-        new = verdict.present - self.mentioned
-        self.mentioned |= new
-        # A sentence that names nothing new is true, too, but training on such ones fills descriptions with them.
-        if false and new:
-            # As in SENTINEL's files, a space joins a context and a sentence, and no end mark follows: training on every
-            # end of the model's makes descriptions shorter and shorter.
-            texts = {"chosen": best.sentence, "rejected": false[0].sentence}
-            self.pairs.append({"context": self.text.strip(), **texts, "complete": complete and self.exhausted})
-        self.text += best.text
-        self.length += max(sample.tokens for sample in best.samples)
+        best = max(true, key=lambda item: (len(self._new(item[1])), len(item[0].samples)), default=None)
+        says_new = best is not None and bool(self._new(best[1]))
+        mostly_false = 2 * sum(len(c.samples) for c, _ in false) >= len(continuations)
+        if mostly_false and not says_new and not self.exhausted:
+            # The model's descriptions do not end here, nor may this one.
+            wrong, verdict = false[0]
+            if verdict.corrected and verdict.corrected not in earlier:
+                self.counts["corrected"] += 1
+                context = self._go_on(wrong, verdict, verdict.corrected)
+                self._pair(context, verdict.corrected, wrong.sentence, complete=False)
+                return
+        if best is None:
+            self.end = ENDED if 2 * ends >= len(continuations) else NOTHING_TRUE
+            if false and self.text and self.exhausted:
+                self.pairs.append(self._ending(false[0][0]))
+            return
+        candidate, verdict = best
+        complete = 2 * sum(sample.complete for sample in candidate.samples) >= len(candidate.samples)
+        context = self._go_on(candidate, verdict, candidate.sentence)
+        # A sentence that names nothing new is no side of a pair: training on such ones fills descriptions with them.
+        if false and says_new:
+            self._pair(context, candidate.sentence, false[0][0].sentence, complete and self.exhausted)
         if complete or 2 * ends >= len(continuations):
             self.end = ENDED
+
+    def _new(self, verdict: CheckedSentence) -> frozenset[str]:
+        """Return the objects in the picture that the description does not name yet."""
+        return verdict.present - self.mentioned
+
+    def _pair(self, context: str, chosen: str, rejected: str, complete: bool) -> None:
+        # As in SENTINEL's files, a space joins a context and a sentence, and no end mark follows: training on every end
+        # of the model's makes descriptions shorter and shorter.
+        self.pairs.append({"context": context, "chosen": chosen, "rejected": rejected, "complete": complete})
+
+    def _go_on(self, candidate: Candidate, verdict: CheckedSentence, sentence: str) -> str:
+        """Add a sentence in a candidate's place, with the white space before it; return the text before."""
+        before, space = self.text.strip(), candidate.text[: len(candidate.text) - len(candidate.text.lstrip())]
+        self.text += space + sentence
+        self.length += max(sample.tokens for sample in candidate.samples)
+        self.mentioned |= verdict.present
+        return before
 
     @property
     def exhausted(self) -> bool:
@@ -237,9 +268,13 @@ def _add_sentence(
 
 
 def pairs_of_records(
-    pictures: Sequence[MinedImage], records: Sequence[Record], judge: JudgeSettings | None
+    pictures: Sequence[MinedImage], records: Sequence[Record], judge: JudgeSettings | None, complete: bool = False
 ) -> DescriptionPairs:
-    """Collect the pairs and counts of all descriptions."""
+    """Collect the pairs and counts of all descriptions.
+
+    Args:
+        complete: make complete pairs.
+    """
     counts: Counter[str] = Counter()
     ends: Counter[str] = Counter()
     result = DescriptionPairs([], 0, 0)
@@ -250,6 +285,8 @@ def pairs_of_records(
         for texts in record["pairs"]:
             sides = texts["chosen"], texts["rejected"]
             pair = MinedPair(picture, *sides, record["prompt"], texts["context"], texts["complete"])
+            if complete:
+                pair = _completed(pair, record)
             if fault := check_pair(pair.prompt, *pair.answers, pair.context):
                 result.dropped[fault] += 1
             else:
@@ -260,6 +297,7 @@ def pairs_of_records(
         "tokens_sampled": counts["tokens"],
         "checks": counts["checks"],
         "sentences_not_judged": counts["not_judged"],
+        "sentences_corrected": counts["corrected"],
         "descriptions": dict(sorted(ends.items())),
     }
     if judge:
@@ -269,21 +307,44 @@ def pairs_of_records(
     return result
 
 
+def _completed(pair: MinedPair, record: Record) -> MinedPair:
+    """Let both sides of a pair go on as the description did; it has an end mark where the model ended it."""
+    rest = record["text"].strip()[len(pair.context) :].lstrip()
+    if pair.complete or not rest.startswith(pair.chosen):
+        return replace(pair, chosen=pair.answers[0], rejected=pair.answers[1], context="")
+    chosen, rejected = (answer + rest[len(pair.chosen) :] for answer in pair.answers)
+    return replace(pair, chosen=chosen, rejected=rejected, context="", complete=record["end"] == ENDED)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Who checks
 
 
-def by_annotations(vocabulary: Vocabulary) -> Check:
-    """Check by annotations: a sentence is false if it names an object that is not on the picture."""
+def by_annotations(vocabulary: Vocabulary, neutral: Sequence[str]) -> Check:
+    """Check by annotations: a sentence is false if it names an object that is not on the picture.
+
+    Args:
+        neutral: sentences that may take a false one's place (`correct_description`).
+    """
+
+    def verdict(description: GrowingDescription, candidate: Candidate) -> CheckedSentence:
+        objects = description.picture.objects
+        names = _objects_of(candidate.sentence)
+        if names <= objects:
+            return CheckedSentence(True, names)
+        # Corrected with what comes before it, so that an object is named that is not named yet.
+        text, rng = description.text + candidate.text, random.Random(f"{description.picture.id}/{description.text}")
+        *_, corrected = split_sentences(correct_description(text, objects, vocabulary, neutral, rng).text)
+        names = _objects_of(corrected)
+        return CheckedSentence(False, names & objects, corrected if names <= objects else "")
+
+    def _objects_of(sentence: str) -> frozenset[str]:
+        return frozenset(mention.object for mention in mentions(sentence, vocabulary))
 
     def check(batch: Candidates) -> list[list[CheckedSentence]]:
-        verdicts = []
         for description, candidates in batch:
-            objects = description.picture.objects
-            mentioned = [frozenset(m.object for m in mentions(c.sentence, vocabulary)) for c in candidates]
             description.counts["checks"] += len(candidates)
-            verdicts.append([CheckedSentence(names <= objects, names & objects) for names in mentioned])
-        return verdicts
+        return [[verdict(description, candidate) for candidate in candidates] for description, candidates in batch]
 
     return check
 
@@ -322,7 +383,7 @@ def by_judge(judge: Judge) -> Check:
             vocabulary, present = Vocabulary.of([*answer.present, *answer.absent]), frozenset(answer.present)
             verdicts.append(
                 [
-                    CheckedSentence(old == new, frozenset(claimed_objects(old, vocabulary)) & present)
+                    CheckedSentence(old == new, frozenset(claimed_objects(new, vocabulary)) & present, new)
                     for old, new in zip(texts, corrected, strict=True)
                 ]
             )

@@ -74,44 +74,33 @@ def refuse_unsupported(label: str, config: Any) -> None:
     """Refuse models that would read packed trees wrongly.
 
     Raises:
-        CheckpointError: an encoder-decoder, or a language model with layers that do not attend to the whole prompt.
+        CheckpointError: the config has no part that reads images, or a trait that trees do not go with, by name.
     """
+    kind = f"{label} is a {config.model_type}"
     if lacking := [name for name in ("text_config", "vision_config", "image_token_id") if not hasattr(config, name)]:
         raise CheckpointError(
-            f"{label} is a {config.model_type}, whose config has no {' and no '.join(lacking)}: it does not read "
-            "images at placeholders of a prompt.",
+            f"{kind}, whose config has no {' and no '.join(lacking)}: it does not read images at placeholders of a "
+            "prompt.",
             "Take another model; docs/trunks.md lists the tested ones.",
         )
     text = config.text_config
-    unsupported = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
-        raise CheckpointError(
-            f"{label} is a {config.model_type} over an encoder-decoder, {text.model_type}: answers do not share the "
-            "positions of a prompt there, so trees and packed rows do not apply.",
-            "Take a model over a decoder.",
-        )
-    if getattr(text, "use_bidirectional_attention", None) is True:
-        raise CheckpointError(
-            f"{label} is a {config.model_type}, whose whole prompts see both ways: questions on an image would not "
-            "share what is computed of it.",
-            "Take a model over a causal language model.",
-        )
-    if not family_of(config).model._supports_sdpa:
-        raise CheckpointError(
-            f"{label} is a {config.model_type}, whose layers do not take SDPA in transformers: relook's masks of "
-            "packed rows go through it.",
-            "Take another model; docs/trunks.md lists the tested ones.",
-        )
-    if unsupported:
-        why = (
-            "packed rows have no chunks, so that long prompts would be read in another way"
-            if unsupported == ["chunked_attention"]
-            else "these carry a state through a row, from one answer of a packed tree into the next"
-        )
-        raise CheckpointError(
-            f"{label} is a {config.model_type} whose language model has layers of {', '.join(unsupported)}: {why}.",
-            "Take a model whose layers all attend to the whole prompt.",
-        )
+    layers = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    traits = {
+        f" over an encoder-decoder, {text.model_type}: answers do not share the positions of a prompt there, so trees "
+        "and packed rows do not apply": any(getattr(part, "is_encoder_decoder", False) for part in (config, text)),
+        ", whose whole prompts see both ways: questions on an image would not share what is computed of it": (
+            getattr(text, "use_bidirectional_attention", None) is True
+        ),
+        ", whose layers do not take SDPA in transformers: relook's masks of packed rows go through it": (
+            not family_of(config).model._supports_sdpa
+        ),
+        " whose language model has layers of chunked_attention: packed rows have no chunks, so that long prompts would "
+        "be read in another way": layers == ["chunked_attention"],
+        f" whose language model has layers of {', '.join(layers)}: these carry a state through a row, from one answer "
+        "of a packed tree into the next": bool(layers),
+    }
+    if reason := next((reason for reason, applies in traits.items() if applies), ""):
+        raise CheckpointError(f"{kind}{reason}.", "Take a model whose causal layers all attend to the whole prompt.")
 
 
 AGAIN = "Download it again."

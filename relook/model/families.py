@@ -33,7 +33,7 @@ TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tow
 LANGUAGE_MODELS = ("language_model", "text_model")
 CONNECTORS = (
     *("multi_modal_projector", "visual.merger", "connector", "aligner", "projector", "vision_projection"),
-    "visual_embeddings_table",
+    *("visual_embeddings_table", "resampler_model"),
 )
 
 

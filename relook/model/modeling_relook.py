@@ -18,15 +18,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, LlavaModel, PreTrainedModel
+from transformers import Cache, GenerationMixin, LlavaModel, PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .post_decoder import ImageContext, PostDecoder
 
 # The KV cache argument as the installed transformers names it: 5.24 renamed it, and 5.40 drops the old name.
 CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
-IMAGE_INPUTS = ("pixel_values", "mm_encoder_outputs")
-SIZES = ("image_sizes", "image_grid_thw")  # inputs of the vision tower beside the pixels
 
 
 class PostDecoderConfig:
@@ -302,13 +300,16 @@ class PostDecoderForGeneration(PreTrainedModel):
         self.post_init()
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Expand the inputs for beam search as transformers does, except the pixels (see `for_each_beam`).
+        """Expand the inputs for beam search as transformers does, except those about images (see `for_each_beam`).
 
         Some versions, 5.17 among them, repeat each image individually where they repeat rows. A row of two images would
         then get the first one twice.
         """
-        image_inputs = {name: kwargs.pop(name) for name in (*IMAGE_INPUTS, *SIZES) if name in kwargs}
-        input_ids, expanded = super()._expand_inputs_for_generation(*args, **kwargs)
+        about_images = {"mm_encoder_outputs", *inspect.signature(self.get_image_features).parameters}
+        image_inputs = {name: kwargs.pop(name) for name in about_images & kwargs.keys()}
+        # A family's own expansion would look for them; the common one is a static method in 5.17, and none later.
+        expand = vars(GenerationMixin)["_expand_inputs_for_generation"].__get__(self)
+        input_ids, expanded = expand(*args, **kwargs)
         return input_ids, {**expanded, **image_inputs}
 
     def _init_weights(self, module: nn.Module) -> None:

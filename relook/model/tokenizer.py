@@ -11,8 +11,9 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,33 +128,40 @@ class Piece:
     kind: int
 
 
-def read_pieces(path: Path) -> list[Piece]:
+def read_pieces(path: Path) -> Sequence[Piece]:
     """Read the vocabulary of a sentencepiece model file, in order of ids.
 
     Raises:
         CheckpointError: the file is not a sentencepiece BPE model, or its normalizer changes the text.
     """
-    pieces, trainer, normalizer = [], {}, {}
     try:
-        for number, value in _fields(path.read_bytes()):
-            if number == PIECES:
-                piece = dict(_fields(value))
-                score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
-                pieces.append(Piece(piece[1].decode(), score, piece.get(3, NORMAL)))
-            elif number == TRAINER:
-                trainer = dict(_fields(value))
-            elif number == NORMALIZER:
-                normalizer = dict(_fields(value))
+        pieces, stated = _parse_pieces(path.read_bytes())
     except (IndexError, KeyError, TypeError, AttributeError, ValueError, struct.error):
         raise CheckpointError(f"{path} is not a whole sentencepiece model.", "Copy or download it again.") from None
-    # Llama's kind: BPE; no character map (2), a prefix space (3), spaces kept (4) and written as SPACE (5).
-    stated = (trainer.get(3), *(normalizer.get(n, default) for n, default in ((2, b""), (3, 1), (4, 1), (5, 1))))
     if stated != (BPE, b"", 1, 0, 1):
         raise CheckpointError(
             f"{path} is not a sentencepiece model of Llama's kind (BPE that leaves the text as it is).",
             "Save its tokenizer.json with transformers and put that into the folder.",
         )
     return pieces
+
+
+@lru_cache(maxsize=2)  # a sweep, or a server of several models, loads the same one again and again
+def _parse_pieces(model: bytes) -> tuple[tuple[Piece, ...], tuple[Any, ...]]:
+    """Parse a sentencepiece model: its vocabulary, and the settings by which Llama's kind is known."""
+    pieces, trainer, normalizer = [], {}, {}
+    for number, value in _fields(model):
+        if number == PIECES:
+            piece = dict(_fields(value))
+            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
+            pieces.append(Piece(piece[1].decode(), score, piece.get(3, NORMAL)))
+        elif number == TRAINER:
+            trainer = dict(_fields(value))
+        elif number == NORMALIZER:
+            normalizer = dict(_fields(value))
+    # Llama's kind: BPE; no character map (2), a prefix space (3), spaces kept (4) and written as SPACE (5).
+    stated = (trainer.get(3), *(normalizer.get(n, default) for n, default in ((2, b""), (3, 1), (4, 1), (5, 1))))
+    return tuple(pieces), stated
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -183,7 +191,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         at += size
 
 
-def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
+def merges_of(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Derive the merges of a sentencepiece BPE vocabulary, best first: every split of a piece into two others.
 
     sentencepiece merges the pair that makes the piece with the best score, and the leftmost among equals. Only Llama's
@@ -200,7 +208,7 @@ def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
     return sorted(merges, key=lambda merge: (-scores[merge[0] + merge[1]], -len(merge[0])))
 
 
-def _backend(pieces: list[Piece], unk: str, legacy: bool) -> Tokenizer:
+def _backend(pieces: Sequence[Piece], unk: str, legacy: bool) -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(
             vocab={piece.text: i for i, piece in enumerate(pieces)},

@@ -23,10 +23,11 @@ from relook.evaluate.tasks.chair import (
 from relook.evaluate.tasks.pope import differing_answers
 from relook.files import read_json, write_text
 from relook.model.load import LoadedModel, load_model
+from relook.report.attention_maps import attention_before
 from relook.report.examples import answer_effect, by_image, caption_effects
 from relook.report.findings import against_control, details, headline
 from relook.report.pages import Spans, data_url, mark_absent, render
-from relook.report.plots import Style, attention_before, curves, line_styles, measured, tradeoff
+from relook.report.plots import Style, curves, line_styles, measured, tradeoff
 from relook.report.tables import ANSWER_COLUMNS, CAPTION_COLUMNS, Column, Line, ScoreTable, axis_labels
 from relook.report.terms import variant
 

@@ -131,14 +131,18 @@ RESULTS_FILE = "results.json"  # of a demo and of a sweep
 def write_report(out: str | Path) -> Path:
     """Write `report.html` from a demo's files, or a sweep's."""
     out = Path(out)
-    # The pages import this module.
-    from relook.report.demo_page import write_demo_page
-    from relook.report.sweep_page import write_sweep_page
     from relook.sweep_config import SWEEP_FILE
 
     if not (out / RESULTS_FILE).exists():
         raise RecipeError(f"{out} holds no finished demo.", f"Run `relook demo --out {out}` first.")
-    return (write_sweep_page if (out / SWEEP_FILE).exists() else write_demo_page)(out)
+    # The pages import this module; the demo's loads a model, for its attention maps.
+    if (out / SWEEP_FILE).exists():
+        from relook.report.sweep_page import write_sweep_page
+
+        return write_sweep_page(out)
+    from relook.report.demo_page import write_demo_page
+
+    return write_demo_page(out)
 
 
 def write_reports(

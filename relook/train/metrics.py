@@ -71,10 +71,12 @@ class StepCosts:
                     continue
                 if isinstance(module, nn.Linear):
                     trained = module.weight.requires_grad
+                    # Keys and values of cross-attention are products over the image's features, not over states.
                     image_side = part == "post_decoder" and ("align." in name or _cross_keys(name))
                     last_mlp = part == "trunk" and name.startswith(last)
                     cost = linear_flops(module.in_features * module.out_features, trained, flows)
                     costs["post_decoder_image" if image_side else "last_mlp" if last_mlp else part] += cost
+                # Whatever comes after parameters that train has to pass a gradient back to them.
                 flows = flows or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         return StepCosts(**costs)
 

@@ -58,6 +58,13 @@ def save_tiny(folder: Path, seed: int = 0, layers: int = LAYERS) -> Path:
     return folder
 
 
+def save_tied(folder: Path) -> Path:
+    """A model folder whose lm_head is its input embeddings."""
+    tiny_llava().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
 def save_biased(folder: Path) -> Path:
     """A model folder whose attention has biases; lm_head untied."""
     model = tiny_llava()

@@ -33,8 +33,8 @@ from relook.evaluate.tasks.chair import Vocabulary, mentions
 from relook.generate.engine import Engine
 from relook.generate.request import QueueFull, Request
 from relook.recipe import read_yaml_or_shipped
+from relook.report.attention_maps import attention_before
 from relook.report.pages import data_url
-from relook.report.plots import attention_before
 from relook.serve.api import ServerLimits
 from relook.serve.chat import AnswerStream, read_request
 from relook.serve.media import ImageSources

@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, PackageLoader
 
+from relook.report.attention_maps import has_attention_maps
 from relook.report.pages import ENVIRONMENT
-from relook.report.plots import has_attention_maps
 from relook.serve.page.actions import EXAMPLE_QUESTION, AnswerWord, AttentionMap, Page
 from relook.serve.page.dialogue import Answer, Dialogue, Exchange
 from relook.serve.page.texts import TEXTS, translate
