@@ -303,7 +303,7 @@ def plot(result: Mapping[str, Any], work: Path, file: Path) -> None:
         left.plot(groups, [row[group] for group in groups], style, label=name, ms=5)
     left.set(ylabel="AUC, present against absent", title="What is known, by size of the object")
     left.legend(fontsize=8, loc="lower right")
-    for place, (name, (label, color)) in enumerate(LOOKS.items()):
+    for place, (name, (_, color)) in enumerate(LOOKS.items()):
         values = [100 * row["chair_i"] for row in rows_of(result, name)]
         middle.bar(place, sum(values) / len(values), color=color, width=0.7)
         middle.plot([place] * len(values), values, "k.", ms=4)
