@@ -303,7 +303,7 @@ def plot(result: Mapping[str, Any], work: Path, file: Path) -> None:
         left.plot(groups, [row[group] for group in groups], style, label=name, ms=5)
     left.set(ylabel="AUC, present against absent", title="What is known, by size of the object")
     left.legend(fontsize=8, loc="lower right")
-    for place, (name, (label, color)) in enumerate(LOOKS.items()):
+    for place, (name, (_, color)) in enumerate(LOOKS.items()):
         values = [100 * row["chair_i"] for row in rows_of(result, name)]
         middle.bar(place, sum(values) / len(values), color=color, width=0.7)
         middle.plot([place] * len(values), values, "k.", ms=4)
@@ -317,8 +317,9 @@ def plot(result: Mapping[str, Any], work: Path, file: Path) -> None:
         rows = rows_of(result, name)
         points = [[100 * row[key] for row in rows] for key in ("recall", "chair_i")]
         right.plot(*points, "o" if name.startswith("nll") else "s", ms=6, label=name)
+    right.margins(x=0.2, y=0.15)
     right.set(xlabel="recall, %", ylabel="CHAIR_i, %", title="A fifth of the chosen objects false", ylim=(0, None))
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower left")
     figure.savefig(file, dpi=100)
 
 
