@@ -50,6 +50,7 @@ PRIVATE: dict[str, Any] = {
     "_prepare_inputs": Trainer,
     "_save_checkpoint": Trainer,
     "_save_optimizer_and_scheduler": Trainer,
+    "_supports_sdpa": PreTrainedModel,
 }
 # Of Python itself; of DeepSpeed, where it has taken a model over; of Gradio's events (`_data`).
 OTHER = {"_asdict", "_data", "_exit", "_hp_mapping"}
@@ -74,6 +75,8 @@ def private_names() -> set[str]:
                 case ast.Attribute(attr=name):
                     used.add(name)
                 case ast.Call(func=ast.Name("getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(str(name)), *_]):
+                    used.add(name)
+                case ast.Subscript(value=ast.Call(func=ast.Name("vars")), slice=ast.Constant(str(name))):
                     used.add(name)
                 case ast.ImportFrom(module=str(module), names=names, level=0) if not module.startswith("relook"):
                     used |= {*module.split("."), *(alias.name for alias in names)}
