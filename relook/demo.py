@@ -30,8 +30,8 @@ from relook.toyworld.build import shipped_base
 from relook.train.run import train
 
 REGIMES = ("post_decoder", "nll_control", "no_cross_attention", "head", "lora")
-PAIR_SCENES, TEST_SCENES = 1000, 300
-LORA_EPOCHS = 0.4  # the trunk runs in each of its steps: it sees a part of the pairs, so that the demo stays short
+PAIR_SCENES, TEST_SCENES = 900, 300
+LORA_EPOCHS = 0.2  # the trunk runs in each of its steps: it sees a part of the pairs, so that the demo stays short
 DEMO_FILE, REPORT_FILE = "demo.json", "report.html"
 
 
@@ -135,7 +135,7 @@ def mining_settings(seed: int) -> MiningSettings:
     return MiningSettings(
         seed,
         samples=0,
-        questions=8,
+        questions=6,
         max_new_tokens=64,
         batch_size=100,
         near_texts=0,
