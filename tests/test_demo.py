@@ -33,6 +33,7 @@ def small() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "PAIR_SCENES", 8)
         patch.setattr(demo, "TEST_SCENES", 6)
+        patch.setattr(demo, "LORA_EPOCHS", 1)  # of 8 scenes a fifth would be less than a step
         TrunkCache.current = None
         yield patch
         TrunkCache.current = None
