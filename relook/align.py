@@ -250,9 +250,10 @@ class _Commands:
         )
         defaults = MiningSettings()
         changed = {n: getattr(mining, n) for n in names if getattr(mining, n) != getattr(defaults, n)}
+        flags = [f"--{name}" for name in ("complete", "contrast") if getattr(mining, name)]
         judge = {"judge": self.judge.address, "judge-model": self.judge.model} if self.judge else {}
         return _command(
-            ["relook", "mine", *(["--complete"] if mining.complete else [])],
+            ["relook", "mine", *flags],
             {
                 "model": model,
                 "images": self.source.images,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return noted
 
 
-def aligned(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def aligned(world: Path, out: Path, mining: MiningSettings = MINING, **changes: Any) -> dict[str, Any]:
     settings = {"recipe": "toyworld-lora", "keys": {"learning_rate": 1e-3}, "data": world / "test", **changes}
-    align(shipped_base(), MiningSource(world / "vg", "toyworld"), out, AlignSettings(**settings), MINING)
+    align(shipped_base(), MiningSource(world / "vg", "toyworld"), out, AlignSettings(**settings), mining)
     result: dict[str, Any] = read_json(out / "rounds.json")
     return result
 
@@ -107,6 +108,15 @@ def test_rounds_stop_where_nothing_is_gained(
     page = (tmp_path / "out" / "align.html").read_text()
     assert page.count("relook mine --complete --model") == count
     assert result["stopped"] in page
+
+
+def test_the_mining_shown_pairs_right_descriptions_too(
+    steps: dict[str, list[Any]], world: Path, tmp_path: Path
+) -> None:
+    steps["gains"] = [0.1]
+    mining = replace(MINING, by="description", complete=False, contrast=True)
+    [_, line] = aligned(world, tmp_path / "out", mining)["rounds"]
+    assert line["commands"][0].startswith("relook mine --contrast --model")
 
 
 def test_later_rounds_go_on_with_the_post_decoder(steps: dict[str, list[Any]], world: Path, tmp_path: Path) -> None:

@@ -301,9 +301,9 @@ def worsen_description(
     Returns:
         The text as it is, if it names no object or all tempting ones.
     """
-    found = mentions(text, vocabulary)
-    true, named = [m for m in found if m.object in truth], {m.object for m in found}
-    absent = next((name for name in tempting if name not in named), None)
+    in_text = mentions(text, vocabulary)
+    true, names = [m for m in in_text if m.object in truth], {m.object for m in in_text}
+    absent = next((name for name in tempting if name not in names), None)
     return replace_noun(text, rng.choice(true), absent, vocabulary) if true and absent else text
 
 

@@ -257,9 +257,8 @@ class Actions:
         names = list(self.page.engines)
         if word is None or word.model >= len(names) or word.exchange >= len(conversation.exchanges):
             return {}
-        turns, pictures = conversation.turns(word.model, word.exchange), sum(conversation.pictures(word.exchange), ())
+        turns, picture = conversation.turns(word.model, word.exchange), conversation.only_picture(word.exchange)
         try:
-            picture = pictures[0] if len(pictures) == 1 else ""
             attention = self.page.look(names[word.model], picture, turns, word.piece)
         except APIError as error:
             return {self.parts.chat: self._view(request).chat(conversation), **self._notice(request, error)}

@@ -123,3 +123,8 @@ class Dialogue(_State):
         shown = [exchange.added for exchange in exchanges if exchange.temperature is None]
         shown += [self.added] if last is None else []
         return [((self.picture,) if self.picture and not i else ()) + added for i, added in enumerate(shown)]
+
+    def only_picture(self, last: int) -> str:
+        """Return the picture up to the exchange `last`; "" where there is none, or where there are several."""
+        pictures = sum(self.pictures(last), ())
+        return pictures[0] if len(pictures) == 1 else ""

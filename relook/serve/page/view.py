@@ -100,7 +100,7 @@ class View:
             objects = None
         exchanges = []
         for i, exchange in enumerate(conversation.exchanges):
-            known = objects if len(sum(conversation.pictures(i), ())) == 1 else None
+            known = objects if conversation.only_picture(i) else None
             exchanges.append(
                 {
                     "question": exchange.question,
@@ -128,8 +128,8 @@ class View:
         names = list(self.page.engines)
         name, here = names[at.model], word is not None and (word.exchange, word.model) == (at.exchange, at.model)
         # While an answer grows a map would vanish with the next word.
-        one_picture = len(sum(conversation.pictures(at.exchange), ())) == 1
-        clickable = one_picture and not conversation.running and self._looks(name)
+        picture = conversation.only_picture(at.exchange)
+        clickable = bool(picture) and not conversation.running and self._looks(name)
         pieces = self.page.pieces(answer.text, objects)
         role = "served" if at.model == 0 else "compared"
         latest = at.exchange == len(conversation.exchanges) - 1
