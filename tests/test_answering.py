@@ -68,8 +68,8 @@ def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -
 
 def answers(loaded: LoadedModel, questions: Sequence[Question], size: int = 64, **how: Any) -> list[str]:
     asking = GenerationSettings(**{"max_new_tokens": NEW, "batch_size": size, **how})
-    found = dict(answer_questions(loaded, questions, asking, lambda *_: None))
-    return [found[i] for i in range(len(questions))]
+    texts = dict(answer_questions(loaded, questions, asking, lambda *_: None))
+    return [texts[i] for i in range(len(questions))]
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> None:
         raise AssertionError("a question went to `generate`")
 
-    monkeypatch.setattr(answering, "generate_batch", never)
+    monkeypatch.setattr(answering, "generate_ids", never)
 
 
 def with_lora() -> Any:
