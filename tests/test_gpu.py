@@ -34,8 +34,9 @@ from relook.generate.dense_attention import NOTHING, DenseReads
 from relook.generate.engine import Engine
 from relook.generate.model_runner import ModelRunner
 from relook.generate.request import EngineLimits, Request
-from relook.generate.scheduler import Scheduler, feature_bytes
+from relook.generate.scheduler import CHUNK_POSITIONS, Scheduler, feature_bytes
 from relook.generate.text import Text
+from relook.model.load import add_post_decoder
 from relook.model.tower_attention import segment_attention
 from relook.recipe import build_recipe
 from relook.toyworld import build
@@ -201,10 +202,12 @@ def test_the_doctor_finds_a_gpu_that_works() -> None:
 # --- the engine
 
 
-def engine_texts(loaded: LoadedModel, prompts: list[Prompt], places: int = 6000) -> tuple[Scheduler, list[Text]]:
+def engine_texts(
+    loaded: LoadedModel, prompts: list[Prompt], places: int = 6000, chunk: int = CHUNK_POSITIONS
+) -> tuple[Scheduler, list[Text]]:
     settings = loaded.core.generation_config
     banned = tuple(settings.suppress_tokens or ()), tuple(settings.begin_suppress_tokens or ())
-    batch = Scheduler(ModelRunner(loaded, places, banned), 64, RecentCache(1 << 28, feature_bytes))
+    batch = Scheduler(ModelRunner(loaded, places, banned), 64, RecentCache(1 << 28, feature_bytes), chunk)
     ends = lambda token, _: token == settings.eos_token_id  # noqa: E731
     inputs = {image: loaded.images.inputs(image) for prompt in prompts for image in prompt.images}
     return batch, [Text(prompt.ids, prompt.images, 24, ends, image_inputs=inputs) for prompt in prompts]
@@ -246,6 +249,26 @@ def test_replayed_and_compiled_steps_give_the_cpus_texts(
         graphs = len(batch.runner._graphs)
         texts = engine_texts(there, prompts)[1]
     assert graphs == len(batch.runner._graphs)
+
+
+@pytest.mark.parametrize("attention", ["cross", "self_cross"])
+def test_prompts_are_read_in_chunks_that_end_none(attention: str, pictures: list[tuple[Path, Scene]]) -> None:
+    """bf16, where FlashAttention reads prompts. The post decoder is untrained, so that texts are decided."""
+    loaded = load_model(shipped_base(), dtype="bfloat16", device="cuda")
+    loaded.model = add_post_decoder(loaded.model, {"attention": attention}, None)
+    prompts, answers = prompts_on(loaded, pictures), []
+    for chunk in (CHUNK_POSITIONS, 16):
+        batch, texts = engine_texts(loaded, prompts, chunk=chunk)
+        batch.waiting.append(texts[0])
+        batch.step()  # the others are read between the steps of this one
+        batch.waiting.extend(texts[1:])
+        while batch.busy:
+            batch.step()
+        assert batch.runner.compiled
+        assert not any(text.failed for text in texts)
+        answers.append([text.tokens for text in texts])
+    whole, chunked = answers
+    assert sum(a == b for a, b in zip(whole, chunked, strict=True)) >= 0.8 * len(prompts)
 
 
 def test_a_step_launches_one_graph(pictures: list[tuple[Path, Scene]]) -> None:

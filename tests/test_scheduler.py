@@ -347,6 +347,23 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(models: Models) -> No
     assert counts == list(range(counts[0], counts[0] + len(counts)))
 
 
+def test_a_chosen_token_does_not_wait_for_the_next_prompt(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host runs ahead of the device; it hands out what is there before it launches more."""
+    loaded, events = models["plain"], []
+    batch = batch_of(loaded, 2000, 4)
+    batch._runs_ahead = True
+    prefill = batch.runner.prefill
+    monkeypatch.setattr(batch.runner, "prefill", lambda work: (events.append("read"), prefill(work))[1])
+    for text in TEXTS[:2]:
+        prompt = text_of(loaded, loaded.encoder().prompt(text, ()), (), new=20)
+        take = prompt.on_token
+        prompt.on_token = lambda token, logprobs, take=take: (events.append("token"), take(token, logprobs))[1]
+        batch.waiting.append(prompt)
+        batch.step()
+    assert events[:3] == ["read", "token", "token"]
+    assert events[3] == "read"
+
+
 def test_what_cannot_be_compiled_is_said_once(
     models: Models,
     asked: list[Any],

@@ -76,7 +76,8 @@ class PassLayout:
             self._prefill_reads(counts, private, shared, self._ahead(ids)),
             image_rows,
             self._ints([ends[text] - 1 for text in finished]),
-            None if self.runner.image_pool is None else self._image_reads(image_counts, images),
+            # A chunk that ends no prompt chooses nothing, and FlashAttention takes no empty batch.
+            self._image_reads(image_counts, images) if self.runner.image_pool is not None and image_counts else None,
             self._sampling(finished, len(finished)),
             max((text.top for text in finished), default=-1),
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,6 @@ CHUNK_POSITIONS = 2048  # of a pass between two steps of growing texts
 MAX_IMAGES = 32  # in one pass of the vision tower
 DENSE_PATIENCE = 4  # steps of dense reads for which texts that come wait to join them
 
-Results = Callable[[], tuple[list[int], list[TokenLogprobs] | None]]  # each row's token and its log-probabilities
-
 
 @dataclass
 class EngineCounts:
@@ -44,13 +43,36 @@ class EngineCounts:
     not_finite: int = 0  # texts whose logits were NaN or infinite
 
 
-@dataclass(frozen=True)
 class _Unread:
-    """Tokens that the device chose in a turn and the host has not read yet."""
+    """Tokens that the device chose in a turn for some texts, on their way to the host.
 
-    turn: int
-    texts: list[Text]
-    results: Results
+    Args:
+        tokens, logprobs: as `ModelRunner.prefill` returns them; what they hold now is copied.
+    """
+
+    def __init__(
+        self, turn: int, texts: list[Text], tokens: Tensor, logprobs: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.turn, self.texts = turn, texts
+        self._copies = [_host_copy(tensor) for tensor in (tokens, *(logprobs or ()))]
+        self._event = torch.cuda.Event() if tokens.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    @property
+    def is_ready(self) -> bool:
+        """Return True if `read` would not wait."""
+        return self._event is None or self._event.query()
+
+    def read(self) -> tuple[list[int], list[TokenLogprobs] | None]:
+        """Return each text's token and its log-probabilities; waits for no more than what computed them."""
+        if self._event is not None:
+            self._event.synchronize()
+        chosen, *values_and_ids = (copy.tolist() for copy in self._copies)
+        if not values_and_ids:
+            return chosen, None
+        rows = zip(*values_and_ids, strict=True)
+        return chosen, [(values[0], list(zip(ids, values[1:], strict=True))) for values, ids in rows]
 
 
 class Scheduler:
@@ -107,14 +129,23 @@ class Scheduler:
             Exception: whatever a pass raised; the texts it was for have failed, and the others go on.
         """
         self._turn += 1
+        self._hand_out_ready()
         self._release_ended()
         self._admit()
+        # The vision tower takes tens of milliseconds, and so does a prompt: nobody's token waits for both.
+        self._hand_out_ready()
         self._prefill()
-        try:
+        with self._failing_together():
             self._grow()
             ahead = self._runs_ahead and any(not text.is_launched for text in self.growing)
             while self._unread and not (ahead and self._unread[0].turn == self._turn):
                 self._hand_out(self._unread.popleft())
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Let all growing texts fail if anything fails: they are rows of one state."""
+        try:
+            yield
         except Exception:
             for text in self.growing:
                 text.fail()
@@ -144,7 +175,7 @@ class Scheduler:
         rows = self.growing[: self._rows]
         for text in rows:
             text.launched += 1
-        self._unread.append(_Unread(self._turn, rows, _read_later(self._state.tokens, self._state.logprobs)))
+        self._unread.append(_Unread(self._turn, rows, self._state.tokens, self._state.logprobs))
         self.counts.steps += 1
 
     def _keeps_rows(self) -> bool:
@@ -163,9 +194,15 @@ class Scheduler:
         pressed = joining or self.waiting or self.reading
         return 4 * changes < self._rows and not (pressed and self._state.reads.step >= DENSE_PATIENCE)
 
+    def _hand_out_ready(self) -> None:
+        """Give texts the tokens that the device has chosen already."""
+        with self._failing_together():
+            while self._unread and self._unread[0].is_ready:
+                self._hand_out(self._unread.popleft())
+
     def _hand_out(self, unread: _Unread) -> None:
         """Give each text its token."""
-        tokens, logprobs = unread.results()  # the host waits here, for a step that is usually over
+        tokens, logprobs = unread.read()  # the host waits here, for a step that is usually over
         for row, text in enumerate(unread.texts):
             if text.ended:
                 continue
@@ -279,7 +316,7 @@ class Scheduler:
             text.row, text.launched, text.image_inputs = rows + index, 1, {}
             self.reading.remove(text)
         self._first_tokens.append(tokens)
-        self._unread.append(_Unread(self._turn, finished, _read_later(tokens, logprobs)))
+        self._unread.append(_Unread(self._turn, finished, tokens, logprobs))
         self.growing += finished
         self.counts.steps += 1
 
@@ -311,25 +348,6 @@ def _waits_for_base(text: Text) -> bool:
 def feature_bytes(features: ImageFeatures) -> int:
     """Return the bytes of an image's features."""
     return sum(tensor.nbytes for tensor in features if tensor is not None)
-
-
-def _read_later(tokens: Tensor, logprobs: tuple[Tensor, Tensor] | None) -> Results:
-    """Copy what tensors hold now to the host; the returned function waits for no more than what computed them."""
-    copies = [_host_copy(tensor) for tensor in (tokens, *(logprobs or ()))]
-    event = torch.cuda.Event() if tokens.is_cuda else None
-    if event is not None:
-        event.record()
-
-    def read() -> tuple[list[int], list[TokenLogprobs] | None]:
-        if event is not None:
-            event.synchronize()
-        chosen, *values_and_ids = (copy.tolist() for copy in copies)
-        if not values_and_ids:
-            return chosen, None
-        rows = zip(*values_and_ids, strict=True)
-        return chosen, [(values[0], list(zip(ids, values[1:], strict=True))) for values, ids in rows]
-
-    return read
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
