@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import dpo_keys, pixels, prompt, save_tied
+from helpers.tiny import WIDTH, dpo_keys, pixels, prompt, save_tied
 from helpers.variants import crossed, variants
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -338,10 +338,10 @@ def test_an_adapter_that_lacks_layers(adapter: Path, base: Path, tmp_path: Path)
     gathered = {name: torch.empty(0) for name in complete}
     with pytest.raises(CheckpointError, match=r"8 of 8 tensors in .*adapter_model\.safetensors are empty.*ZeRO-3"):
         load_model(base, saved("empty", gathered))
-    some = complete | {name: torch.empty(128, 0) for name in complete if "lora_B" in name}
+    some = complete | {name: torch.empty(WIDTH, 0) for name in complete if "lora_B" in name}
     with pytest.raises(CheckpointError, match="4 of 8 tensors"):
         load_model(base, saved("some", some))
-    head = {"base_model.model.lm_head.weight": torch.zeros(90, 128)}
+    head = {"base_model.model.lm_head.weight": torch.zeros(90, WIDTH)}
     with pytest.raises(CheckpointError, match="has no LoRA tensors"):
         load_model(base, saved("head", head))
     older = {name.replace("model.language_model.", "language_model.model."): t.clone() for name, t in complete.items()}

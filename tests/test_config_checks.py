@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import WIDTH
 from helpers.variants import crossed
 from safetensors.torch import load_file, save_file
 from test_checkpoints import copied
@@ -126,7 +127,7 @@ def test_without_weights_too(key: str, value: int, model: Path) -> None:
     ids=str,
 )
 def test_a_post_decoder_of_sizes_that_none_has(settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
-    torch.save({"post_decoder.norm.weight": torch.ones(128)}, tmp_path / "non_lora_trainables.bin")
+    torch.save({"post_decoder.norm.weight": torch.ones(WIDTH)}, tmp_path / "non_lora_trainables.bin")
     write_json(tmp_path / "config.json", {"post_decoder": settings})
     with pytest.raises(RelookError, match=f"post_decoder.{next(iter(settings))} is"):
         load_model(base, tmp_path)

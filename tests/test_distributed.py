@@ -359,7 +359,7 @@ def saving(keys_of: Callable[..., Keys], name: str, **keys: Any) -> Recipe:
 def test_a_full_disk_is_said_and_costs_no_checkpoint(
     keys_of: Callable[..., Keys], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head's 77 x 128 float32, and two moments of each."""
+    """The head's 107 x 64 float32, and two moments of each."""
     recipe, room = saving(keys_of, "run", optim="adamw_torch"), trainer.require_disk_space
     sizes: list[int] = []
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import Command
-from helpers.tiny import dpo_keys
+from helpers.tiny import WIDTH, dpo_keys
 from PIL import Image
 from test_llava_next import GRID, next_processor, tiny_next
 
@@ -20,7 +20,7 @@ from relook.model.load import add_post_decoder
 from relook.recipe import build_recipe
 from relook.train.run import train
 
-PATCHES, WIDTH, LAYERS, WORDS = 36, 128, 2, 107
+PATCHES, LAYERS, WORDS = 36, 2, 107
 
 
 @pytest.fixture(scope="module")

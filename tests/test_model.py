@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.forked import forked
-from helpers.tiny import left_padded, pixels, prompt, scramble, tiny_llava, tiny_relook
+from helpers.tiny import WIDTH, left_padded, pixels, prompt, scramble, tiny_llava, tiny_relook
 from helpers.variants import crossed, variants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -91,7 +91,7 @@ def test_starting_from_the_projector_is_the_identity_too_and_copies_it() -> None
         features = torch.randn(5, plain.config.vision_config.hidden_size)
         norm = model.model.post_decoder.align.norm
         norm.weight.fill_(1), norm.bias.zero_()
-        expected = F.layer_norm(plain.model.multi_modal_projector(features), (128,))
+        expected = F.layer_norm(plain.model.multi_modal_projector(features), (WIDTH,))
         torch.testing.assert_close(model.model.post_decoder.align(features), expected)
 
 
@@ -214,9 +214,9 @@ def test_every_parameter_of_every_block_counts(settings: dict[str, Any]) -> None
 def test_flat_states_equal_padded_ones() -> None:
     """`FlatLayout`: only attention needs the padded batch, and padding changes nothing."""
     decoder = tiny_relook(depth=2).model.post_decoder.double()
-    features = torch.randn(3, 36, 128, dtype=torch.float64)
+    features = torch.randn(3, 36, WIDTH, dtype=torch.float64)
     context = decoder.image_context(features, [1, 2])
-    padded = torch.randn(2, 5, 128, dtype=torch.float64)
+    padded = torch.randn(2, 5, WIDTH, dtype=torch.float64)
     row, slot = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 2, 0, 1, 4])
     flat = decoder(padded[row, slot], context, layout=FlatLayout(row, slot, (2, 5)))
     torch.testing.assert_close(flat, decoder(padded, context)[row, slot])
@@ -237,16 +237,16 @@ def test_images_are_laid_side_by_side() -> None:
 def test_attention_maps_are_the_last_blocks_softmax() -> None:
     model = tiny_relook(depth=2)
     decoder = model.model.post_decoder
-    context = decoder.image_context(torch.randn(1, 36, 128), [1])
-    states = torch.randn(1, 4, 128)
+    context = decoder.image_context(torch.randn(1, 36, WIDTH), [1])
+    states = torch.randn(1, 4, WIDTH)
     maps = decoder.attention_maps(states, context)
     assert maps.shape == (1, 4, 36)
     torch.testing.assert_close(maps.sum(-1), torch.ones(1, 4))
     first, last = decoder.blocks
     states = first(states, (context.keys[0], context.values[0]), None, None, None)
-    queries = last.cross_attention.q_proj(last.cross_norm(states)).view(4, 4, 32)
+    queries = last.cross_attention.q_proj(last.cross_norm(states)).view(4, 4, WIDTH // 4)
     for head in range(4):
-        scores = queries[:, head] @ context.keys[1][0, head].T / 32**0.5
+        scores = queries[:, head] @ context.keys[1][0, head].T / (WIDTH // 4) ** 0.5
         maps[0] -= scores.softmax(-1) / 4
     torch.testing.assert_close(maps, torch.zeros_like(maps), rtol=0, atol=1e-6)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import SeedableRandomSampler
 from helpers.damaged import talk
 from helpers.forked import forked
 from helpers.several import train_all
@@ -22,12 +23,14 @@ from helpers.variants import variants
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from torch.utils.data import Sampler
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
 
 from relook import load_model
+from relook.data.encode import Example
 from relook.errors import CheckpointError, DataError, RecipeError, RelookError
 from relook.files import sole_writer, write_json
-from relook.forward.collate import Collator, split_held_out
+from relook.forward.collate import Collator, Item, ItemDataset, split_held_out
 from relook.forward.policy import Policy
 from relook.model.checkpoint import parse_folder
 from relook.model.export import merge_adapter
@@ -803,3 +806,48 @@ def test_equal_examples_share_their_reference(
     assert counts == [18]
     assert [item.example for item in bench.items] == bench.examples
     assert len(bench.items) == 24
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_train_epochs": 0.3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "data_seed": 5},
+        {"max_steps": 2, "eval_fraction": 0.34},
+    ],
+    ids=str,
+)
+def test_only_what_a_short_run_reads_is_prepared(
+    keys: dict[str, Any], base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are those of the order that accelerate draws, with everything prepared."""
+    prepared: list[Example] = []
+    read: list[Example] = []
+    usual_references, usual_item = training.reference_log_probs, ItemDataset.__getitem__
+
+    def references(policy: Policy, items: Any, *rest: Any) -> Any:
+        prepared.extend(item.example for item in items)
+        return usual_references(policy, items, *rest)
+
+    def item(dataset: ItemDataset, index: int) -> Item:
+        read.append(dataset.items[index].example)
+        return usual_item(dataset, index)
+
+    monkeypatch.setattr(training, "reference_log_probs", references)
+    monkeypatch.setattr(ItemDataset, "__getitem__", item)
+    short = train(recipe_for(base, world, tmp_path / "short", lora_enable=True, lora_r=4, lora_dropout=0.5, **keys))
+    held_out = json.loads((short / "run.json").read_text())["held_out"]
+    assert bool(held_out) == ("eval_fraction" in keys)
+    assert set(read) <= set(prepared)
+    assert len(prepared) < 15  # of 18
+    unread_images = {image for example in set(prepared) - set(read) for image in example.images}
+    assert len(unread_images) == 2 * bool(held_out)
+
+    def to_the_end(_: Recipe, arguments: TrainingArguments, items: list[Item], steps: int) -> Sampler[int]:
+        return SeedableRandomSampler(items, data_seed=arguments.data_seed)
+
+    monkeypatch.setattr(training, "training_sampler", to_the_end)
+    prepared.clear()
+    whole = train(recipe_for(base, world, tmp_path / "whole", lora_enable=True, lora_r=4, lora_dropout=0.5, **keys))
+    assert len(prepared) == 18
+    name = "adapter_model.safetensors"
+    torch.testing.assert_close(load_file(short / name), load_file(whole / name), rtol=0, atol=1e-6)

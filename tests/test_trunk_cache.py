@@ -237,7 +237,7 @@ def test_a_disk_that_is_too_small_is_refused(
     size = prepared(of_dpo(base, world, tmp_path / "run", **CROSS))[0].size(["states", "features", "reference"])
     keys = of_dpo(base, world, tmp_path / "run", **CROSS, feature_cache_dir=tmp_path / "full")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, size - 1))
-    with pytest.raises(RelookError, match=r"needs 300\.6 kB on disk, but .*full has 300\.6 kB free.*feature_cache_dir"):
+    with pytest.raises(RelookError, match=r"needs 151\.0 kB on disk, but .*full has 151\.0 kB free.*feature_cache_dir"):
         prepared(keys)
     assert not (tmp_path / "full").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, size))

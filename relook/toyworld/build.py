@@ -283,15 +283,15 @@ def select(outputs: Any) -> Tensor:
 
 
 def assemble(tower: CLIPVisionModel, seed: int, layers: int = LAYERS) -> LlavaForConditionalGeneration:
-    """Build a LLaVA model around a trained tower, with a fresh language model whose embeddings are tied to lm_head."""
-    processor = make_processor()
+    """Build a LLaVA model around a trained tower; the fresh language model is as wide, and tied to lm_head."""
+    processor, width = make_processor(), tower.config.hidden_size
     token = processor.tokenizer.convert_tokens_to_ids
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=LlamaConfig(
             vocab_size=len(processor.tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=3 * WIDTH,
+            hidden_size=width,
+            intermediate_size=3 * width,
             num_hidden_layers=layers,
             initializer_range=INIT_STD,
             rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},

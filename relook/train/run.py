@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,7 @@ from relook.train.trainer import (
     last_checkpoint,
     save_change,
     save_trained,
+    training_sampler,
 )
 
 RUN_FILE = "run.json"  # written last: its presence marks a finished run
@@ -116,20 +117,25 @@ def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | N
     loaded = load_for_training(recipe, dtype, device, trunk=not recipe.cached_trunk)
     examples, dropped = encode_samples(recipe, loaded, *samples) if encoded is None else encoded
     # Again, now that unusable and held-out samples are known.
-    check_schedule(arguments, len(split_held_out([Item(example) for example in examples], recipe.eval_fraction)[0]))
+    training, held_out = split_held_out([Item(example) for example in examples], recipe.eval_fraction)
+    check_schedule(arguments, len(training))
     record_data_hashes(out, recipe, examples)
     policy = build_policy(recipe, loaded, dtype)
     collator = Collator(policy, loaded.images, loaded.pad_id)
     load_with_trunk = partial(build_policy_with_trunk, recipe, dtype, device)
-    items = prepare_items(recipe, policy, examples, collator, arguments.per_device_train_batch_size, load_with_trunk)
-    items, held_out = split_held_out(items, recipe.eval_fraction)
+    sampler = training_sampler(recipe, arguments, training, steps_of(arguments, len(training)))
+    read = {item.example for item in [*(training[i] for i in sampler), *held_out]}
+    batch_size = arguments.per_device_train_batch_size
+    items = prepare_items(recipe, policy, examples, collator, batch_size, load_with_trunk, read)
+    training, held_out = split_held_out(items, recipe.eval_fraction)
     with progress(f"training {out.name}") as report:
         trainer = RelookTrainer(
             recipe,
             policy,
+            sampler,
             report,
             args=arguments,
-            train_dataset=ItemDataset(items),
+            train_dataset=ItemDataset(training),
             eval_dataset=ItemDataset(held_out),
             data_collator=collator,
         )
@@ -496,6 +502,7 @@ def prepare_items(
     collator: Collator,
     batch_size: int,
     load_with_trunk: Callable[[], Policy],
+    read: Collection[Example] | None = None,
 ) -> list[Item]:
     """Compute what is needed once before training: hidden states of a frozen trunk, and reference log-probs.
 
@@ -504,11 +511,15 @@ def prepare_items(
     Args:
         batch_size: examples per forward pass for the reference log-probs.
         load_with_trunk: loads the policy with its trunk, which `policy` may lack.
+        read: the examples that the run reads, if not all. The others are returned bare, unless the trunk is cached:
+            its cache is of the dataset, whichever part of it a run reads, so that other runs can use it.
     """
     distinct = list(dict.fromkeys(examples))  # by value, in order
     if recipe.cached_trunk:
         items = cached_items(recipe, policy, distinct, collator, load_with_trunk)
     else:
+        if read is not None:
+            distinct = [example for example in distinct if example in read]
         if recipe.trains_vision_tower:
             status("  the vision tower trains: nothing is cached, and each step runs the whole model")
         collator.vision_features = cache_vision_features(recipe, policy, distinct, collator.images)
@@ -532,7 +543,7 @@ def prepare_items(
     if corrupted:
         pairs = [replace(pair, corrupted=copy) for pair, copy in zip(pairs, corrupted, strict=True)]
     item_of = dict(zip(distinct, pairs, strict=True))
-    return [item_of[example] for example in examples]
+    return [item_of.get(example) or Item(example) for example in examples]
 
 
 def save_run(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:

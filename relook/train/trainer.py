@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, trainer_callback
+from transformers import Trainer, TrainerCallback, TrainingArguments, trainer_callback
 from transformers.trainer_utils import rotate_checkpoints
 
 from relook import distributed
@@ -22,7 +23,7 @@ from relook.console import ProgressReport
 from relook.distributed import full_shape, gather_full, gather_optimizer_state, load_optimizer_state, reshard
 from relook.errors import RecipeError, RelookError
 from relook.files import atomic_file, require_disk_space, write_json, write_text
-from relook.forward.collate import ItemDataset
+from relook.forward.collate import Item, ItemDataset
 from relook.forward.policy import Policy
 from relook.model.checkpoint import ADAPTER_FILE, TRAINED_WITH, save_tensors
 from relook.model.load import TENSORS_FILE, base_and_adapter, load_tensors
@@ -34,10 +35,35 @@ from relook.train.metrics import Meter, StepCosts
 from relook.train.summary import ProgressCallback
 
 # ----------------------------------------------------------------------------------------------------
-# Order of SFT samples: LLaVA's `group_by_modality_length`.
+# Order of samples: random, or LLaVA's `group_by_modality_length`.
 
 
-class ModalityLengthSampler(Sampler[int]):
+class TrainingSampler(Sampler[int]):
+    """Sampler of training samples in a random order, another one in each epoch.
+
+    Args:
+        count: number of samples.
+        seed: seed of the shuffling; the epoch is added to it, as accelerate's SeedableRandomSampler does.
+        limit: number of samples that the run reads. If it ends within its first epoch, the order ends there: batches
+            are read ahead of the steps, and samples beyond are not prepared.
+    """
+
+    def __init__(self, count: int, seed: int, limit: int | None = None) -> None:
+        self.count, self.seed, self.limit = count, seed, limit
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self.order(torch.Generator().manual_seed(self.seed + self.epoch)), self.limit)
+
+    def order(self, generator: torch.Generator) -> Iterator[int]:
+        """Yield the indices of all samples, in the order of an epoch."""
+        yield from torch.randperm(self.count, generator=generator).tolist()
+
+
+class ModalityLengthSampler(TrainingSampler):
     """Sampler of steps with one modality and balanced batches, as in LLaVA's trainer.
 
     Samples with and without images are shuffled separately and cut into steps. A step holds the batches of all
@@ -49,21 +75,23 @@ class ModalityLengthSampler(Sampler[int]):
         has_image: True for each sample with an image.
         batch_size: samples per process and forward pass.
         batches: batches per step, over all processes and accumulation steps.
-        seed: seed of the shuffling; the epoch is added to it.
+        seed: see `TrainingSampler`, as is `limit`.
     """
 
     def __init__(
-        self, lengths: Sequence[int], has_image: Sequence[bool], batch_size: int, batches: int, seed: int
+        self,
+        lengths: Sequence[int],
+        has_image: Sequence[bool],
+        batch_size: int,
+        batches: int,
+        seed: int,
+        limit: int | None = None,
     ) -> None:
+        super().__init__(len(lengths), seed, limit)
         self.lengths, self.has_image = lengths, has_image
-        self.batch_size, self.batches, self.seed = batch_size, batches, seed
-        self.epoch = 0  # every epoch has its own order
+        self.batch_size, self.batches = batch_size, batches
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+    def order(self, generator: torch.Generator) -> Iterator[int]:
         size, full_steps, leftovers = self.batch_size * self.batches, [], []
         # Cut each modality into full steps; collect what is left over.
         for with_image in (True, False):
@@ -92,11 +120,29 @@ class ModalityLengthSampler(Sampler[int]):
 class SetSamplerEpoch(TrainerCallback):
     """Callback that sets the sampler's epoch; accelerate does not do so when a resumed run skips batches."""
 
-    def __init__(self, sampler: ModalityLengthSampler) -> None:
+    def __init__(self, sampler: TrainingSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.sampler.epoch = int(state.epoch + 1e-6)
+
+
+def training_sampler(
+    recipe: Recipe, arguments: TrainingArguments, items: Sequence[Item], steps: int
+) -> TrainingSampler:
+    """Return the sampler of a run of `steps` steps over its training items."""
+    batches = arguments.world_size * arguments.gradient_accumulation_steps  # of a step
+    limit = steps * batches * arguments.train_batch_size
+    if recipe.group_by_modality_length:
+        return ModalityLengthSampler(
+            [len(item.example.tree) for item in items],
+            [bool(item.example.images) for item in items],
+            arguments.per_device_train_batch_size,
+            batches,
+            arguments.seed,
+            limit,
+        )
+    return TrainingSampler(len(items), arguments.seed if arguments.data_seed is None else arguments.data_seed, limit)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -108,11 +154,14 @@ OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"  # the Trainer's
 class RelookTrainer(Trainer):
     """Trainer of a `Policy` by SFT or DPO, as the recipe says."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, report: ProgressReport, **kwargs: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, policy: Policy, sampler: TrainingSampler, report: ProgressReport, **kwargs: Any
+    ) -> None:
         super().__init__(model=policy, **kwargs)
         # Before accelerate wraps the model: its own mixed precision would round log-probs to bf16.
         self.is_fsdp_enabled = distributed.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
-        self.recipe = recipe
+        self.recipe, self._sampler = recipe, sampler
+        self.add_callback(SetSamplerEpoch(sampler))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
         self._meter = Meter(StepCosts.of(policy))
         exact = policy.dtype == torch.float32 and recipe.bits == 16
@@ -187,20 +236,8 @@ class RelookTrainer(Trainer):
                 inputs["share"] = count * len(counts) / total
         return batches, None
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if not self.recipe.group_by_modality_length:
-            return super()._get_train_sampler(train_dataset)  # type: ignore[no-any-return]
-        assert isinstance(self.train_dataset, ItemDataset)
-        examples = [item.example for item in self.train_dataset.items]
-        sampler = ModalityLengthSampler(
-            [len(example.tree) for example in examples],
-            [bool(example.images) for example in examples],
-            self.args.per_device_train_batch_size,
-            self.args.world_size * self.args.gradient_accumulation_steps,
-            self.args.seed,
-        )
-        self.add_callback(SetSamplerEpoch(sampler))
-        return sampler
+    def _get_train_sampler(self, train_dataset: Any = None) -> TrainingSampler:
+        return self._sampler
 
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:

@@ -20,14 +20,15 @@ from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import RelookLlavaForConditionalGeneration
 from relook.model.trainable import untie_head
 from relook.toyworld import layouts
-from relook.toyworld.build import IMAGE_SIZE, LAYERS, PATCH, WIDTH, assemble, make_processor
+from relook.toyworld.build import IMAGE_SIZE, LAYERS, PATCH, assemble, make_processor
 from relook.toyworld.world import OBJECTS, describe_scene, sample_scenes
 
 SCENES = 6
+WIDTH = 64  # half of toyworld's
 
 
 def tiny_llava(seed: int = 0, layers: int = LAYERS) -> LlavaForConditionalGeneration:
-    """Toyworld's architecture with random weights; a copy of one that is built once."""
+    """Toyworld's architecture, half as wide, with random weights; a copy of one that is built once."""
     model, state = _built_llava(seed, layers)
     torch.set_rng_state(state)  # tests go on to draw from where the weights ended
     return copy.deepcopy(model)
