@@ -205,7 +205,8 @@ def test_an_untested_family_is_checked_when_it_is_loaded(tmp_path: Path, monkeyp
     monkeypatch.setattr(families, "FAMILIES", {})
     load_model(folder)
     # Without what its first layers add, it would be another model.
-    monkeypatch.setattr(policy, "deepstack_rows", lambda image: [])
+    without = lambda image, image_rows: families.image_features(image.pooler_output, image_rows)  # noqa: E731
+    monkeypatch.setattr(policy, "position_rows", without)
     with pytest.raises(CheckpointError, match="qwen3_vl, of which relook would compute something else"):
         load_model(folder)
     monkeypatch.undo()

@@ -70,16 +70,19 @@ def tower_states(config: Any, image: Any, inputs: Mapping[str, Any]) -> list[Ten
     if not hasattr(config, "vision_feature_layer"):
         return list(image.last_hidden_state.split(inputs["image_grid_thw"].prod(-1).tolist()))
     # hidden_states[i] is (rows, 1 + patches, width) after layer i; the class token comes first.
-    layers, image_sizes = config.vision_feature_layer, inputs.get("image_sizes")
-    start = 1 if config.vision_feature_select_strategy == "default" else 0
+    layers, start = config.vision_feature_layer, 1 if config.vision_feature_select_strategy == "default" else 0
     layers = layers if isinstance(layers, list) else [layers]
     features_RPV = torch.cat([image.hidden_states[i][:, start:] for i in layers], dim=-1)
-    if image_sizes is None or not hasattr(config, "image_grid_pinpoints"):
-        return list(features_RPV)  # each row is an image
-    # Each row is a tile, and an image's size (height, width) decides its tile count.
-    grid, side = config.image_grid_pinpoints, config.vision_config.image_size
-    tiles = [image_size_to_num_patches(size, grid, side) for size in image_sizes]
+    sizes = inputs.get("image_sizes")
+    tiles = [1] * len(features_RPV) if sizes is None else [tile_count(config, size) for size in sizes]
     return [features.flatten(0, 1) for features in features_RPV.split(tiles)]
+
+
+def tile_count(config: Any, size: Any) -> int:
+    """Return how many rows of pixels a LLaVA makes of an image of a height and width: LLaVA-NeXT cuts it into tiles."""
+    if not hasattr(config, "image_grid_pinpoints"):
+        return 1
+    return int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
 
 
 def vision_width(config: Any) -> int:
@@ -134,18 +137,14 @@ def for_each_beam(image: Any, placeholder_counts: list[int]) -> None:
     beams = sum(placeholder_counts) // sum(lengths)
     if beams > 1:
         # Beams of one row are adjacent, so every `beams`-th row is an original one.
-        order: list[int] = []
-        numbers = iter(range(len(lengths)))
-        for count in images_per_row(lengths, placeholder_counts[::beams]):
-            order += [next(numbers) for _ in range(count)] * beams
-        repeated = [image.pooler_output[i] for i in order]
-        # Some models take a tensor only, and then give all images, or tiles, as many positions.
-        image.pooler_output = torch.stack(repeated) if isinstance(image.pooler_output, Tensor) else repeated
+        numbers = torch.arange(len(lengths)).split(images_per_row(lengths, placeholder_counts[::beams]))
+        order = torch.cat([row.repeat(beams) for row in numbers]).tolist()
+        repeat: Any = lambda parts: parts[order] if isinstance(parts, Tensor) else [parts[i] for i in order]  # noqa: E731
+        image.pooler_output = repeat(image.pooler_output)
         if layers := getattr(image, "deepstack_features", None):
-            by_image = [layer.split(lengths) if isinstance(layer, Tensor) else layer for layer in layers]
             image.deepstack_features = [
-                torch.cat([parts[i] for i in order]) if isinstance(layer, Tensor) else [parts[i] for i in order]
-                for layer, parts in zip(layers, by_image, strict=True)
+                torch.cat(repeat(layer.split(lengths))) if isinstance(layer, Tensor) else repeat(layer)
+                for layer in layers
             ]
 
 
