@@ -46,6 +46,7 @@ from relook.files import read_json, write_json
 from relook.forward.collate import Collator
 from relook.model.lazy_model import load_processor
 from relook.model.load import model_hash
+from relook.model.tower_attention import batch_segments
 from relook.recipe import Recipe, build_recipe
 from relook.sweep import run_sweep
 from relook.train import feature_cache
@@ -109,6 +110,7 @@ def timed(work: Callable[[], Any], say: Callable[..., None], name: str) -> Any:
 def peer(base: Path, shape: dict[str, Any]) -> dict[str, float]:
     """The HA-DPO way, by transformers alone, at the shape of `fixed`."""
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=DTYPE, attn_implementation="sdpa").to(DEVICE)
+    batch_segments(model.model)  # else the ratio would be about transformers' loop over a tower's windows
     model.requires_grad_(False)
     head = model.lm_head.weight.requires_grad_(True)
     batch = {name: t.to(DEVICE) for name, t in pair_batch(shape, model, load_processor(base), PEER_BATCH).items()}

@@ -40,7 +40,7 @@ from relook.model.lazy_model import open_folder
 from relook.model.load import LoadOptions, add_post_decoder
 from relook.model.modeling_relook import TOWERS_READ
 from relook.recipe import build_recipe
-from relook.report.attention_maps import attention_before
+from relook.report.attention_maps import attention_before, has_attention_maps
 from relook.train.run import train
 
 TOWER: dict[str, Any] = {"features": "tower"}  # the post decoder looks at the tower's states, before the merger
@@ -205,7 +205,8 @@ def test_an_untested_family_is_checked_when_it_is_loaded(tmp_path: Path, monkeyp
     monkeypatch.setattr(families, "FAMILIES", {})
     load_model(folder)
     # Without what its first layers add, it would be another model.
-    monkeypatch.setattr(policy, "deepstack_rows", lambda image: [])
+    without = lambda image, image_rows: families.image_features(image.pooler_output, image_rows)  # noqa: E731
+    monkeypatch.setattr(policy, "position_rows", without)
     with pytest.raises(CheckpointError, match="qwen3_vl, of which relook would compute something else"):
         load_model(folder)
     monkeypatch.undo()
@@ -474,6 +475,7 @@ ONE_GRID = ("gemma3", "vipllava", "deepseek_vl", "janus")
 def test_a_map_has_the_proportions_of_the_picture(folder: Path) -> None:
     loaded, image = with_decoder(folder), picture((60, 30))
     turns = [Turn("<image>\nWhat is this?", "There is a cup.")]
+    assert has_attention_maps(loaded)
     grids = attention_before(loaded, image, turns, [turns[0].response.index("cup")])
     if not loaded.images.flat and not loaded.core.config.model_type.endswith(ONE_GRID):  # tiles, or learned queries
         assert grids == []
@@ -500,7 +502,16 @@ def test_a_map_has_the_proportions_of_the_picture(folder: Path) -> None:
     hook.remove()
     torch.testing.assert_close(torch.tensor(grid).flatten(), scores.softmax(-1).mean(1).flatten())
     if loaded.core.config.model_type.removeprefix("relook_") in TOWERS_READ:  # no map of patches
-        assert attention_before(with_decoder(folder, **TOWER), image, turns, [0]) == []
+        patches = with_decoder(folder, **TOWER)
+        assert not has_attention_maps(patches)
+        assert attention_before(patches, image, turns, [0]) == []
+
+
+def test_learned_queries_have_no_map(tmp_path: Path) -> None:
+    loaded = with_decoder(save_trunk(tmp_path / "idefics2", "idefics2"))
+    assert not has_attention_maps(loaded)
+    turns = [Turn("<image>\nWhat is this?", "There is a cup.")]
+    assert attention_before(loaded, picture((60, 30)), turns, [0]) == []
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from relook.data.packing import PackedTrees, Targets, pin_memory, to_device
 from relook.forward import activation_memory
 from relook.forward.packed_attention import BUDGET, PackedTrunk, has_sparse_last_mlp, resolve_trunk_pass
-from relook.model.families import connector, deepstack_rows, image_features, language_model, vision_tower
+from relook.model.families import connector, image_features, language_model, position_rows, vision_tower
 from relook.model.modeling_relook import reads_tower, vision_features
 from relook.model.post_decoder import FlatLayout, PostDecoder
 
@@ -295,26 +295,26 @@ class Policy(nn.Module):
     def _image_inputs(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None, list[Tensor]]:
         """Return vision features per image, if the post decoder reads them, and what image positions get.
 
-        That are their embeddings, and what the first layers add (`deepstack_rows`).
+        These are their embeddings (image positions, D), and as much again for each of the first layers that adds some.
         """
-        features, deep = batch.tower, list[Tensor]()
+        features: list[Tensor] | None = None
         if batch.pixel_values is not None:
             image = self.encode_images(batch.pixel_values, batch.image_inputs)
-            projected, deep = image_features(image.pooler_output, batch.image_rows), deepstack_rows(image)
+            rows = position_rows(image, batch.image_rows)
             if (features := getattr(image, "vision_features", None)) is not None:
                 features = image_features(features, batch.image_rows)
         elif batch.projected is not None:
-            rows, *deep = torch.cat(batch.projected).split(self.config.text_config.hidden_size, dim=-1)
-            projected = list(rows.split([len(image) for image in batch.projected]))
+            rows = batch.projected
         elif batch.tower is not None:  # kept states skip the tower, but not the projector, which may train
             with self.autocast(self._mixed_vision):
-                projected = list(connector(self.core.model)(torch.stack(batch.tower)))
+                rows = list(connector(self.core.model)(torch.stack(batch.tower)))
         else:
             return None, None, []
-        if batch.pixel_values is None and not reads_tower(self.config):
-            features = projected
+        projected, *deep = torch.cat(rows).split(self.config.text_config.hidden_size, dim=-1)
+        if batch.pixel_values is None:
+            features = batch.tower if reads_tower(self.config) else list(projected.split(list(map(len, rows))))
         deep = deep if sum(batch.image_counts) else []  # not of a blank image, which has no position
-        return features if self.needs_vision_features else None, torch.cat(projected), deep
+        return features if self.needs_vision_features else None, projected, deep
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Return the log-prob of each supervised token, (N,) float32."""

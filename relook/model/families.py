@@ -19,11 +19,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from relook.errors import CheckpointError
 from relook.model import modeling_relook
-from relook.model.modeling_relook import PostDecoderConfig, reads_tower
+from relook.model.modeling_relook import PostDecoderConfig, reads_tower, tile_count
 
 Size = tuple[int, int]  # height, width
 RELOOK = "relook_"  # begins the model_type of a config with a post decoder
@@ -45,7 +44,6 @@ class Family:
         model_type: of the family's configs.
         positions: maps a model to the number of positions that one image takes. Where that depends on the image, it
             returns a function of the image's size. None: the model's processor counts them.
-        tiles: maps a model's config and an image's size to the number of tiles (rows of pixels) the image is cut into.
         pads_to_square: `do_pad` of the family's image processor means padding to a square, which relook does itself.
         projects_rows: the projected features of an image fill its positions unchanged.
         template: conversation template of its models; "chat" is the one that a processor brings along.
@@ -53,7 +51,6 @@ class Family:
 
     model_type: str
     positions: Callable[[Any], int | Callable[[Size], int]] | None = None
-    tiles: Callable[[Any, Size], int] = lambda config, size: 1
     pads_to_square: bool = False
     projects_rows: bool = False
     template: str = "chat"
@@ -77,10 +74,6 @@ def _features_per_row(config: Any) -> int:
     return int((vision.image_size // vision.patch_size) ** 2 + class_token)
 
 
-def _llava_next_tiles(config: Any, size: Size) -> int:
-    return int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
-
-
 def _llava_next_positions(core: Any) -> Callable[[Size], int]:
     """Build a function that counts an image's positions.
 
@@ -92,7 +85,7 @@ def _llava_next_positions(core: Any) -> Callable[[Size], int]:
     @cache
     def positions(size: Size) -> int:
         packed, _ = core.model.pack_image_features(
-            [torch.zeros(_llava_next_tiles(config, size), _features_per_row(config), 1)],
+            [torch.zeros(tile_count(config, size), _features_per_row(config), 1)],
             [size],
             config.vision_feature_select_strategy,
             torch.zeros(1),
@@ -111,7 +104,7 @@ _TESTED = (
         projects_rows=True,
         template="llava_hf",
     ),
-    Family("llava_next", _llava_next_positions, _llava_next_tiles, template="llava_hf"),
+    Family("llava_next", _llava_next_positions, template="llava_hf"),
     *map(Family, ("llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "glm4v", "internvl", "smolvlm", "gemma3")),
 )
 FAMILIES = {family.model_type: family for family in _TESTED}
@@ -226,14 +219,8 @@ def vision_feature_count(config: Any, size: Size, positions: int) -> int:
 def tower_state_count(config: Any, size: Size, positions: int) -> int:
     """Compute M of the vision tower's states (M, V) of an image, over all its tiles; see `vision_feature_count`."""
     if family_of(config).positions is not None:
-        return family_of(config).tiles(config, size) * _features_per_row(config)
+        return tile_count(config, size) * _features_per_row(config)
     return positions * patches_per_feature(config)
-
-
-def deepstack_rows(image: Any) -> list[Tensor]:
-    """Return what each of the first layers adds at the image positions, (positions, D), as in Qwen3-VL; mostly none."""
-    layers = getattr(image, "deepstack_features", None) or ()
-    return [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
 
 
 def image_features(rows: Iterable[Tensor], image_rows: Sequence[int] | None) -> list[Tensor]:
@@ -250,12 +237,14 @@ def image_features(rows: Iterable[Tensor], image_rows: Sequence[int] | None) -> 
 
 
 def position_rows(image: Any, image_rows: Sequence[int] | None = None) -> list[Tensor]:
-    """Return what the positions of each image get, (P, D), with what the first layers add beside it, (P, n * D).
+    """Return what the positions of each image get, (P, D); beside it, (P, n * D), what the first layers add, if any do.
 
     Args:
+        image: outputs of `get_image_features`; Qwen3-VL's hold `deepstack_features`, of all images for each layer.
         image_rows: see `image_features`.
     """
     rows = image_features(image.pooler_output, image_rows)
-    if deep := deepstack_rows(image):
-        rows = list(torch.cat([torch.cat(rows), *deep], dim=-1).split([len(projected) for projected in rows]))
+    if layers := getattr(image, "deepstack_features", None):
+        added = [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
+        rows = list(torch.cat([torch.cat(rows), *added], dim=-1).split([len(projected) for projected in rows]))
     return rows

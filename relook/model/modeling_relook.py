@@ -70,16 +70,19 @@ def tower_states(config: Any, image: Any, inputs: Mapping[str, Any]) -> list[Ten
     if not hasattr(config, "vision_feature_layer"):
         return list(image.last_hidden_state.split(inputs["image_grid_thw"].prod(-1).tolist()))
     # hidden_states[i] is (rows, 1 + patches, width) after layer i; the class token comes first.
-    layers, image_sizes = config.vision_feature_layer, inputs.get("image_sizes")
-    start = 1 if config.vision_feature_select_strategy == "default" else 0
+    layers, start = config.vision_feature_layer, 1 if config.vision_feature_select_strategy == "default" else 0
     layers = layers if isinstance(layers, list) else [layers]
     features_RPV = torch.cat([image.hidden_states[i][:, start:] for i in layers], dim=-1)
-    if image_sizes is None or not hasattr(config, "image_grid_pinpoints"):
-        return list(features_RPV)  # each row is an image
-    # Each row is a tile, and an image's size (height, width) decides its tile count.
-    grid, side = config.image_grid_pinpoints, config.vision_config.image_size
-    tiles = [image_size_to_num_patches(size, grid, side) for size in image_sizes]
+    sizes = inputs.get("image_sizes")
+    tiles = [1] * len(features_RPV) if sizes is None else [tile_count(config, size) for size in sizes]
     return [features.flatten(0, 1) for features in features_RPV.split(tiles)]
+
+
+def tile_count(config: Any, size: Any) -> int:
+    """Return how many rows of pixels a LLaVA makes of an image of a height and width: LLaVA-NeXT cuts it into tiles."""
+    if not hasattr(config, "image_grid_pinpoints"):
+        return 1
+    return int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
 
 
 def vision_width(config: Any) -> int:
@@ -134,18 +137,14 @@ def for_each_beam(image: Any, placeholder_counts: list[int]) -> None:
     beams = sum(placeholder_counts) // sum(lengths)
     if beams > 1:
         # Beams of one row are adjacent, so every `beams`-th row is an original one.
-        order: list[int] = []
-        numbers = iter(range(len(lengths)))
-        for count in images_per_row(lengths, placeholder_counts[::beams]):
-            order += [next(numbers) for _ in range(count)] * beams
-        repeated = [image.pooler_output[i] for i in order]
-        # Some models take a tensor only, and then give all images, or tiles, as many positions.
-        image.pooler_output = torch.stack(repeated) if isinstance(image.pooler_output, Tensor) else repeated
+        numbers = torch.arange(len(lengths)).split(images_per_row(lengths, placeholder_counts[::beams]))
+        order = torch.cat([row.repeat(beams) for row in numbers]).tolist()
+        repeat: Any = lambda parts: parts[order] if isinstance(parts, Tensor) else [parts[i] for i in order]  # noqa: E731
+        image.pooler_output = repeat(image.pooler_output)
         if layers := getattr(image, "deepstack_features", None):
-            by_image = [layer.split(lengths) if isinstance(layer, Tensor) else layer for layer in layers]
             image.deepstack_features = [
-                torch.cat([parts[i] for i in order]) if isinstance(layer, Tensor) else [parts[i] for i in order]
-                for layer, parts in zip(layers, by_image, strict=True)
+                torch.cat(repeat(layer.split(lengths))) if isinstance(layer, Tensor) else repeat(layer)
+                for layer in layers
             ]
 
 
@@ -241,8 +240,9 @@ class PostDecoderModel(PreTrainedModel):
             context = self._context(image, placeholder_counts)  # raises if images and placeholders do not match
             if kv_cache is not None:
                 kv_cache.relook_image = context
-        # 2. Run the trunk. Its length before this call is needed afterwards, when the cache has grown.
-        seen = kv_cache.get_seq_length() if kv_cache is not None else 0
+        # 2. Run the trunk. Its length before this call is needed afterwards, when the cache has grown; a static cache
+        # gives it as a tensor that it counts up in place.
+        seen = int(kv_cache.get_seq_length()) if kv_cache is not None else 0
         trunk: dict[str, Any] = {**kwargs, CACHE: kv_cache, "return_dict": True, "attention_mask": attention_mask}
         trunk |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **(images if image is not None else {})}
         self._image = image
@@ -267,20 +267,24 @@ class PostDecoderModel(PreTrainedModel):
         """Build the causal mask (B, 1, S, seen + S) of the blocks' self-attention; None if they have none.
 
         Args:
-            attention_mask: padding mask (B, seen + S), or a 4D mask, boolean or additive; None masks no padding.
+            attention_mask: padding mask (B, seen + S), or a 4D mask, boolean or additive, by kind of layer where these
+                see differently; None masks no padding.
             states: hidden states (B, S, D).
             seen: number of tokens already in the KV cache.
         """
         if not self.post_decoder.reads_all_positions:
             return None
         B, S = states.shape[:2]
+        if isinstance(attention_mask, Mapping):
+            attention_mask = attention_mask["full_attention"]
         # Query i sits at position seen + i and may attend to keys 0 .. seen + i.
         causal = torch.ones(S, seen + S, dtype=torch.bool, device=states.device).tril(seen)
         if attention_mask is None:
             return causal.expand(B, 1, S, seen + S)
         if attention_mask.ndim == 4:  # already causal; an additive mask holds large negative numbers where it blocks
             allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1
-            expanded: Tensor = allowed.expand(B, 1, S, seen + S)
+            seen_keys = allowed[..., : seen + S]  # a static cache has room for more
+            expanded: Tensor = seen_keys.expand(B, 1, S, seen + S)
             return expanded
         # Padding is masked as a key: (S, keys) & (B, 1, 1, keys) -> (B, 1, S, keys).
         masked: Tensor = causal & attention_mask[:, None, None, :].bool()
@@ -299,17 +303,19 @@ class PostDecoderForGeneration(PreTrainedModel):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:
         """Expand the inputs for beam search as transformers does, except those about images (see `for_each_beam`).
 
         Some versions, 5.17 among them, repeat each image individually where they repeat rows. A row of two images would
-        then get the first one twice.
+        then get the first one twice. They also repeat M-RoPE's positions (4, B, S) along the wrong axis.
         """
         about_images = {"mm_encoder_outputs", *inspect.signature(self.model.get_image_features).parameters}
         image_inputs = {name: kwargs.pop(name) for name in about_images & kwargs.keys()}
+        if (positions := kwargs.pop("position_ids", None)) is not None:
+            image_inputs["position_ids"] = positions.repeat_interleave(expand_size, dim=-2)
         # A family's own expansion would look for them; the common one is a static method in 5.17, and none later.
         expand = vars(GenerationMixin)["_expand_inputs_for_generation"].__get__(self)
-        input_ids, expanded = expand(*args, **kwargs)
+        input_ids, expanded = expand(expand_size=expand_size, **kwargs)
         return input_ids, {**expanded, **image_inputs}
 
     def _init_weights(self, module: nn.Module) -> None:

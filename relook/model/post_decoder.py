@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicLayer
+from transformers import Cache, DynamicLayer, StaticLayer
 from transformers.activations import ACT2FN
 
 
@@ -280,8 +280,8 @@ class Block(nn.Module):
         if self.self_attention is not None and self.self_norm is not None:
             normed = self.self_norm(states)
             keys, values = self.self_attention.keys_values(normed)
-            if past is not None:  # append to the KV cache, and attend to all of it
-                keys, values = past.update(keys, values)
+            if past is not None and self_mask is not None:  # append to the KV cache, and attend to all of it
+                keys, values = past.update(keys, values, self_mask.shape[-1])
             states = states + self.self_attention(normed, keys, values, self_mask)
         # 2. Over the image, whose keys and values are ready; rows without an image skip it or are masked.
         if self.cross_attention is not None and self.cross_norm is not None and image is not None:
@@ -297,11 +297,15 @@ class _BlockCache:
     def __init__(self, cache: Cache, layer: int) -> None:
         self.cache, self.layer = cache, layer
 
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        while len(self.cache.layers) <= self.layer:  # the cache was created with layers for the trunk only
-            self.cache.layers.append(DynamicLayer())
-        keys_values: tuple[Tensor, Tensor] = self.cache.update(keys, values, self.layer)
-        return keys_values
+    def update(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Append the keys and values, and return those of all positions so far, of which there are `length`."""
+        layers = self.cache.layers
+        while len(layers) <= self.layer:  # the cache was created with layers for the trunk only
+            # A static cache stays one: transformers masks its empty places only where all layers are static.
+            places = max(getattr(layer, "max_cache_len", 0) for layer in layers)
+            layers.append(StaticLayer(places) if places else DynamicLayer())
+        keys, values = self.cache.update(keys, values, self.layer)
+        return keys[:, :, :length], values[:, :, :length]
 
 
 class PostDecoder(nn.Module):

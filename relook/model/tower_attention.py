@@ -38,7 +38,7 @@ def segment_attention(
     Args:
         query, key, value: (1, heads, S, size).
         cu_seq_lens_q: the first position of each segment, and S at last.
-        max_length_q: positions of the longest segment.
+        max_length_q: positions of the longest segment; a tensor in releases of transformers before 5.17.
 
     Returns:
         (1, S, heads, size), and no weights.

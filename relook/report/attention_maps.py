@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -20,8 +19,17 @@ from relook.model.modeling_relook import reads_tower
 
 
 def has_attention_maps(loaded: LoadedModel) -> bool:
-    """Return True if a model has a post decoder whose attention over an image can be shown."""
-    return _attention_recorder(_policy(loaded))
+    """Return True if a model has a post decoder whose attention over an image can be shown.
+
+    Features by learned queries, as Idefics2's, have no place on the picture, and patches before a merger do not lie in
+    rows.
+    """
+    policy = _policy(loaded)
+    attends = policy.needs_vision_features and not policy.needs_all_states
+    if not attends or (loaded.images.flat and reads_tower(policy.config)):
+        return False
+    names = [name for name, _ in connector(policy.core.model).named_parameters()]
+    return not any(name.endswith(("latents", "query")) for name in names)
 
 
 def _policy(loaded: LoadedModel) -> Policy:
@@ -29,15 +37,9 @@ def _policy(loaded: LoadedModel) -> Policy:
     return Policy(loaded.model.eval(), trunk_pass="dense")
 
 
-def _attention_recorder(policy: Policy) -> bool:
-    return policy.needs_vision_features and not policy.needs_all_states
-
-
-def _grid_shape(config: Any, batch: LiveBatch, features: int) -> tuple[int, int]:
+def _grid_shape(batch: LiveBatch, features: int) -> tuple[int, int]:
     """Return the rows and columns of the features of a batch's only image; (0, 0) where they are no grid."""
-    if GRID in batch.image_inputs:  # which counts patches before the merger, that are no grid in rows themselves
-        if reads_tower(config):
-            return 0, 0
+    if GRID in batch.image_inputs:  # which counts patches before the merger
         _, height, width = batch.image_inputs[GRID][0].tolist()
         merged = max(math.isqrt(height * width // features), 1)
         return height // merged, width // merged
@@ -58,17 +60,14 @@ def attention_before(
         template: of the conversation; empty for the model's own.
 
     Returns:
-        For each word a grid of weights that sum to 1; no grids where the model has no cross-attention, or looks at
-        features that are not one grid in rows: tiles, patches before a merger, and what learned queries give.
+        For each word a grid of weights that sum to 1; no grids where `has_attention_maps` says so, or where the image
+        is cut into tiles.
 
     Raises:
         DataError: training would refuse the conversation: too long, an empty answer, marks of the template.
     """
     policy = _policy(loaded)
-    if not _attention_recorder(policy) or policy.post_decoder is None:
-        return []
-    # Features by learned queries, as Idefics2's, have no place on the picture.
-    if any(name.endswith(("latents", "query")) for name, _ in connector(policy.core.model).named_parameters()):
+    if not has_attention_maps(loaded) or policy.post_decoder is None:
         return []
     encoder = loaded.encoder(template)
     row = encoder.learned(turns, [image], "look")
@@ -81,7 +80,7 @@ def attention_before(
         return []
     # trunk.states are the states before each supervised token; maps: (states, image features).
     maps = policy.post_decoder.attention_maps(trunk.states, context)[0]
-    shape = _grid_shape(policy.config, batch, maps.shape[-1])
+    shape = _grid_shape(batch, maps.shape[-1])
     if maps.shape[-1] != math.prod(shape):
         return []
     # The targets are the tokens of all answers; those of the last one are what is supervised up to the row's end.
