@@ -265,6 +265,18 @@ def test_flex_attention_gives_the_same_states(
         check_states(trees, pack(trees, PAD, everything, row_length, round_up_to_blocks, root, sharing), how)
 
 
+def test_a_dense_pass_does_not_attend_as_a_pass_with_gradients_before_it() -> None:
+    """That one leaves FlexAttention set, for layers that are recomputed in its backward pass."""
+    trees, model = [Tree.of([row("abcDEF"), row("abXYZ")])], tiny_llava().model.language_model.requires_grad_(False)
+    packed, long = pack(trees, PAD), pack(trees, PAD, False, 1000, round_up_to_blocks)
+    with uncompiled():
+        PackedTrunk(model, "flex")(model.embed_tokens(long.ids), long)
+    with torch.no_grad():
+        states = PackedTrunk(model, "dense")(model.embed_tokens(packed.ids), packed)
+        expected = PackedTrunk(LANGUAGE_MODEL, "dense")(LANGUAGE_MODEL.embed_tokens(packed.ids), packed)
+    torch.testing.assert_close(states, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["flex", "compiled"])
 def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:

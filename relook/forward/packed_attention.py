@@ -284,7 +284,7 @@ class PackedTrunk:
             limit,
             budget,
             self._offloading(),
-            _attention_implementation(self.model.config, "flex_attention" if self.packs_rows else None),
+            _attention_implementation(self.model.config, "flex_attention" if self.packs_rows else "sdpa"),
         ):
             try:
                 states: Tensor = self.model(
@@ -411,13 +411,14 @@ def _sparse_class(kind: Any) -> Any:
 
 
 @contextmanager
-def _attention_implementation(config: Any, name: str | None) -> Iterator[None]:
+def _attention_implementation(config: Any, name: str) -> Iterator[None]:
     """Set transformers' attention implementation for a forward pass.
 
-    With gradients enabled it stays set: the backward pass may recompute layers with it.
+    With gradients enabled it stays set: the backward pass may recompute layers with it. So no pass relies on what is
+    set before it: FlexAttention would add a dense mask to the scores.
     """
     before = config._attn_implementation
-    config._attn_implementation = name or before
+    config._attn_implementation = name
     try:
         yield
     finally:
