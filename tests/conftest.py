@@ -48,18 +48,25 @@ def nothing_for_nobody() -> None:
 
     transformers formats every config that it loads for a log that is off; peft renders a model card for every adapter
     that it saves; torch draws first weights for layers on the meta device, which have none, op by op in Python; typer
-    inspects the signatures of all commands for each call of one, which a process makes once elsewhere.
+    inspects the signatures of all commands for each call of one, which a process makes once elsewhere; a client of
+    OpenAI's reads all certificates, for addresses without TLS; transformers looks at each reading of a config for
+    layers that differ, which no config here has.
     """
+    import ssl
+
     import typer.main
     import typer.testing
     from peft import PeftModel
     from torch import nn
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, configuration_utils
 
     for kind in (nn.Linear, nn.Embedding, nn.Conv2d, nn.LayerNorm):
         kind.reset_parameters = _unless_on_meta(kind.reset_parameters)  # type: ignore[method-assign]
     PreTrainedConfig.__repr__ = object.__repr__  # type: ignore[method-assign]
     PeftModel.create_or_update_model_card = lambda *_: None  # type: ignore[method-assign]
+    ssl.create_default_context = functools.cache(ssl.create_default_context)
+    if mixin := getattr(configuration_utils, "HeterogeneousConfigMixin", None):
+        del mixin.__getattribute__
     typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 
 

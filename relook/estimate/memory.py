@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -356,40 +356,23 @@ class Job:
     @cached_property
     def trained_parameters(self) -> int:
         """Count the parameters that train."""
-        return sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+        return _trained_parameters(self.policy)
 
     @cached_property
     def frozen_bytes(self) -> int:
         """Return the bytes of frozen weights on the GPU; with cached states the projector's are loaded too."""
-        return _frozen_bytes(self.policy, self.recipe) + (
+        return _frozen_bytes(self.policy, self.recipe.bits, self.recipe.double_quant) + (
             _weight_bytes(connector(self.trunk_policy.core.model)) if self.recipe.cached_trunk else 0
         )
 
     @cached_property
     def trained_with_trunk(self) -> int:
         """Count the parameters that train in the policy with its trunk, which the pass before training holds."""
-        return sum(p.numel() for p in self.trunk_policy.parameters() if p.requires_grad)
+        return _trained_parameters(self.trunk_policy)
 
     @cached_property
     def frozen_bytes_with_trunk(self) -> int:
-        return _frozen_bytes(self.trunk_policy, self.recipe)
-
-    @cached_property
-    def parameters_outside_units(self) -> int:
-        """Count the parameters outside the units that FSDP gathers one by one, which it gathers as one more unit."""
-        core, unit_classes = self.policy.core, self.policy._no_split_modules
-        units = [module for module in core.modules() if type(module).__name__ in unit_classes]
-        inside = {id(p) for unit in units for p in unit.parameters()}
-        return sum(p.numel() for p in core.parameters() if id(p) not in inside)
-
-    def resized(self, recipe: Recipe, batch: BatchCounts, trunk_batch: BatchCounts) -> Job:
-        """Return the same job with other batches, or other bits of its weights."""
-        job = replace(self, recipe=recipe, batch=batch, trunk_batch=trunk_batch)
-        # Copy the cached sums over the model's tensors, which take longest and do not depend on the batch.
-        reused = {"trained_parameters", "trained_with_trunk", "parameters_outside_units", "vision_tower_bytes"}
-        reused |= {"frozen_bytes", "frozen_bytes_with_trunk"} if recipe.bits == self.recipe.bits else set()
-        vars(job).update({name: value for name, value in vars(self).items() if name in reused})
-        return job
+        return _frozen_bytes(self.trunk_policy, self.recipe.bits, self.recipe.double_quant)
 
     @property
     def layers(self) -> Any:
@@ -625,30 +608,51 @@ class Job:
         return int(self.recipe.training.get("gradient_accumulation_steps", 1)) > 1
 
 
+# Sums over a model's tensors. They take longest, and the jobs that a search compares share their policies.
+
+
+@lru_cache(maxsize=8)
 def _weight_bytes(part: nn.Module) -> int:
     return sum(p.nbytes for p in part.parameters())
 
 
-def _frozen_bytes(policy: Policy, recipe: Recipe) -> int:
-    """Return the bytes of the frozen weights, with the language model's linear layers in the recipe's bits."""
+@lru_cache(maxsize=8)
+def _trained_parameters(policy: Policy) -> int:
+    return sum(p.numel() for p in policy.parameters() if p.requires_grad)
+
+
+@lru_cache(maxsize=8)
+def _parameters_outside_units(policy: Policy) -> int:
+    """Count the parameters outside the units that FSDP gathers one by one, which it gathers as one more unit."""
+    unit_classes = policy._no_split_modules
+    units = [module for module in policy.core.modules() if type(module).__name__ in unit_classes]
+    inside = {id(p) for unit in units for p in unit.parameters()}
+    return sum(p.numel() for p in policy.core.parameters() if id(p) not in inside)
+
+
+@lru_cache(maxsize=8)
+def _frozen_bytes(policy: Policy, bits: int, double_quant: bool) -> int:
+    """Return the bytes of the frozen weights, with the language model's linear layers in 4, 8 or 16 bits."""
     total = 0.0
     for name, parameter in policy.core.named_parameters():
         if not parameter.requires_grad:
             in_layers = any(f"{part}.layers." in name for part in LANGUAGE_MODELS)
-            quantised = recipe.bits != 16 and in_layers and parameter.ndim == 2
-            total += parameter.numel() * (_quantised_weight_bytes(recipe) if quantised else parameter.element_size())
+            quantised = bits != 16 and in_layers and parameter.ndim == 2
+            total += parameter.numel() * (
+                _quantised_weight_bytes(bits, double_quant) if quantised else parameter.element_size()
+            )
     return round(total)
 
 
-def _quantised_weight_bytes(recipe: Recipe) -> float:
+def _quantised_weight_bytes(bits: int, double_quant: bool) -> float:
     """Return the bytes of one weight that bitsandbytes quantised, with its share of the scales.
 
     With 8 bits, one scale per row is negligible. With 4 bits, 64 weights share a scale: a float32, or with double_quant
     8 bits and a float32 per 256 scales (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3).
     """
-    if recipe.bits == 8:
+    if bits == 8:
         return 1.0
-    return 0.5 + ((1 + 4 / 256) / 64 if recipe.double_quant else 4 / 64)
+    return 0.5 + ((1 + 4 / 256) / 64 if double_quant else 4 / 64)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -744,7 +748,7 @@ def _fsdp(job: Job, N: int) -> Strategy:
     # Gathered at a time: what is outside the layers, one layer, and the next one, which is prefetched.
     layer = sum(p.numel() for p in job.layers[0].parameters()) if not job.recipe.cached_trunk else 0
     weights = (job.frozen_bytes + 4 * job.trained_parameters) // N
-    gathered = (job.parameters_outside_units + 2 * layer) * job.compute_bytes
+    gathered = (_parameters_outside_units(job.policy) + 2 * layer) * job.compute_bytes
     return _build_strategy(
         "FSDP2",
         job,

@@ -362,7 +362,7 @@ def largest_batches(
         recipe: recipe of the jobs, or one that differs only in keys that `Job` itself reads.
     """
     limit = max(1, lengths.total // gpus)
-    jobs = [each_job.resized(recipe, each_job.batch, each_job.trunk_batch) for each_job in (job, sharded_job)]
+    jobs = [replace(each_job, recipe=recipe) for each_job in (job, sharded_job)]
     names = [strategy.name for strategy in strategies(jobs[0], jobs[1], gpus)]
 
     @functools.cache
@@ -371,7 +371,8 @@ def largest_batches(
         examples, resized = largest_batch(lengths.examples, size), []
         for job in jobs:
             batch = count_batch(recipe, job.trunk_policy, lengths, examples)
-            resized.append(job.resized(recipe, batch, job.trunk_batch if recipe.cached_trunk else batch))
+            trunk_batch = job.trunk_batch if recipe.cached_trunk else batch
+            resized.append(replace(job, batch=batch, trunk_batch=trunk_batch))
         fit = (strategy for strategy in strategies(resized[0], resized[1], gpus) if strategy.fits(gpu_memory * GIB))
         return frozenset(strategy.name for strategy in fit)
 
