@@ -12,8 +12,10 @@ Intervals resample the images of all seeds.
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -39,6 +41,7 @@ from relook.mine import sentences
 from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.pictures import read_pictures
 from relook.mine.run import mine_pairs
+from relook.mine.sentences import Candidates, Check, CheckedSentence, by_annotations
 from relook.recipe import load_recipe
 from relook.report.tables import change
 from relook.toyworld import layouts
@@ -47,6 +50,7 @@ from relook.toyworld.world import OBJECTS, SYNONYMS
 from relook.train.run import train
 
 YES_NO = ("Yes.", "No.")
+MISSED = 0.5  # share of the false objects that a weak check takes for true
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Arm:
         rounds: of mining and training; the pairs of all are as many as those of whole descriptions.
         by: description or sentence.
         complete: by sentence: pair complete descriptions.
-        check: by sentence: who checks, annotations or self.
+        check: by sentence: who checks: annotations, self (the model's own yes/no answers), or misses: annotations by
+            which every second absent object of a picture passes for a present one (`MISSED`), as a weak judge's would.
         images: the share of the scenes that a round mines.
         keys: changes of the recipe; a list has those of each round, of which the last stays.
     """
@@ -151,6 +156,7 @@ def mine(
     """Mine a round's pairs; returns how many there are of descriptions."""
     if arm.by == "sentence":
         sentences.EXHAUSTIVE = arm.exhaustive
+        sentences.by_annotations = misses_half if arm.check == "misses" else by_annotations
         source = MiningSource(folder / "world" / "vg", "toyworld", exclude=[folder / "world" / options.split])
         # Questions by the number of rounds, so that all arms have as many.
         questions, own = max(1, round(4 / (arm.rounds * arm.images))), arm.check == "self"
@@ -168,6 +174,26 @@ def mine(
         write_json(pairs / "twice.json", sentences_twice(read_json(pairs / "sentinel.json")))
     count: int = read_json(pairs / "card.json")["descriptions"]["pairs"]
     return count
+
+
+def misses_half(vocabulary: Vocabulary, neutral: Sequence[str]) -> Check:
+    """Check as annotations do, but take false sentences for true whose absent objects are all missed."""
+    exact = by_annotations(vocabulary, neutral)
+
+    def missed(image: str, name: str) -> bool:
+        return random.Random(f"{image}/{name}").random() < MISSED
+
+    def check(batch: Candidates) -> list[list[CheckedSentence]]:
+        verdicts = exact(batch)
+        for (description, candidates), of_description in zip(batch, verdicts, strict=True):
+            image, objects = description.picture.id, description.picture.objects
+            for number, candidate in enumerate(candidates):
+                names = frozenset(m.object for m in mentions(candidate.sentence, vocabulary))
+                if all(missed(image, name) for name in names - objects):
+                    of_description[number] = CheckedSentence(True, names)
+        return verdicts
+
+    return check
 
 
 def truth_of_pairs(folder: Path, pairs: Path, arm: Arm) -> str:
