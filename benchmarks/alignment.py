@@ -150,9 +150,7 @@ def mine_first(options: argparse.Namespace, seed: int, arm: Arm) -> str:
     return f"{options.split} {seed}, pairs {arm.mining}: {counts} of descriptions; {true}"
 
 
-def mine(
-    options: argparse.Namespace, folder: Path, model: Path, pairs: Path, seed: int, arm: Arm, number: int
-) -> int:
+def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, seed: int, arm: Arm, number: int) -> int:
     """Mine a round's pairs; returns how many there are of descriptions."""
     if arm.by == "sentence":
         sentences.EXHAUSTIVE = arm.exhaustive
@@ -167,7 +165,9 @@ def mine(
             "complete": arm.complete,
             "own_answers": own,
             "max_images": int(options.scenes * arm.images),
-            "max_pairs": read_json(folder / "pairs" / Arm(by="description").mining / "card.json")["descriptions"]["pairs"]
+            "max_pairs": read_json(folder / "pairs" / Arm(by="description").mining / "card.json")["descriptions"][
+                "pairs"
+            ]
             // arm.rounds,
         }
         mine_pairs(model, source, pairs, settings(seed + number, questions, **drawn))
