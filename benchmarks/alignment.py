@@ -160,6 +160,7 @@ def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, se
         questions, own = max(1, round(4 / (arm.rounds * arm.images))), arm.check == "self"
         if own:
             source = MiningSource(source.images, "none", folder / "objects.json", source.exclude)
+        described = read_json(folder / "pairs" / Arm(by="description").mining / "card.json")["descriptions"]
         drawn = {
             "by": "sentence",
             "complete": arm.complete,
