@@ -166,10 +166,7 @@ def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, se
             "complete": arm.complete,
             "own_answers": own,
             "max_images": int(options.scenes * arm.images),
-            "max_pairs": read_json(folder / "pairs" / Arm(by="description").mining / "card.json")["descriptions"][
-                "pairs"
-            ]
-            // arm.rounds,
+            "max_pairs": described["pairs"] // arm.rounds,
         }
         mine_pairs(model, source, pairs, settings(seed + number, questions, **drawn))
         write_json(pairs / "twice.json", sentences_twice(read_json(pairs / "sentinel.json")))
