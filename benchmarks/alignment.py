@@ -65,6 +65,7 @@ class Arm:
         check: by sentence: who checks: annotations, self (the model's own yes/no answers), or misses: annotations by
             which every second absent object of a picture passes for a present one (`MISSED`), as a weak judge's would.
         images: the share of the scenes that a round mines.
+        accumulate: a round trains the base anew on all pairs so far, instead of the model of the round before on its own.
         keys: changes of the recipe; a list has those of each round, of which the last stays.
     """
 
@@ -75,6 +76,7 @@ class Arm:
     check: str = "annotations"
     exhaustive: int = 0
     images: float = 1.0
+    accumulate: bool = False
     keys: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -223,6 +225,7 @@ def run_arm(options: argparse.Namespace, seed: int, name: str, arm: Arm, deadlin
         return f"{options.split} {seed}, {name}: not begun"
     started, folder, model = time.monotonic(), folder_of(options, seed), shipped_base()
     counts: list[int] = []
+    collected: dict[str, list[dict[str, Any]]] = {}
     for number in range(1, arm.rounds + 1):
         pairs = folder / "pairs" / arm.mining if number == 1 else folder / name / f"pairs{number}"
         counts.append(mine(options, folder, model, pairs, seed, arm, number))
@@ -233,9 +236,18 @@ def run_arm(options: argparse.Namespace, seed: int, name: str, arm: Arm, deadlin
             }
         else:
             keys = {"pairs_path": pairs / "twice.json"}
-        run = folder / name / f"run{number}"
-        keys |= {"model_name_or_path": model, "vg_path": pairs, "output_dir": run, "seed": seed, "warmup_steps": 0.1}
-        if number > 1:
+        run, start, images = folder / name / f"run{number}", model, pairs
+        if arm.accumulate:
+            for image, of_image in read_json(pairs / "twice.json").items():
+                collected[image] = [*collected.get(image, []), *of_image]
+            write_json(folder / name / f"pairs{number}.json", collected)
+            keys, start, images = (
+                {"pairs_path": folder / name / f"pairs{number}.json"},
+                shipped_base(),
+                folder / "world" / "vg",
+            )
+        keys |= {"model_name_or_path": start, "vg_path": images, "output_dir": run, "seed": seed, "warmup_steps": 0.1}
+        if number > 1 and not arm.accumulate:
             keys["post_decoder_init"] = "random"  # the first round's goes on
         train(load_recipe(options.recipe, {**keys, **arm.keys_of(number)}))
         model = run
