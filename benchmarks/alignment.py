@@ -1,7 +1,7 @@
 """Which pairs and which losses lower CHAIR_i at equal recall on toyworld, arm by arm from a file.
 
-    python benchmarks/alignment.py --arms benchmarks/alignment_arms.yaml --split dev --seeds 71 72 73 --out dev
-    python benchmarks/alignment.py --arms benchmarks/alignment_confirm.yaml --split test --seeds 101 102 103 --out test
+    python benchmarks/alignment.py --arms benchmarks/alignment_search.yaml --split dev --seeds 71 72 73 --out dev
+    python benchmarks/alignment.py --arms benchmarks/alignment_arms.yaml --split test --seeds 101 102 103 --out test
 
 An arm is a way to make pairs and to train on them (`Arm`), on toyworld's exact annotations and its shipped base. All
 arms have as many pairs as one round of whole descriptions, see each as often, and have the same questions beside them;
@@ -65,7 +65,7 @@ class Arm:
         check: by sentence: who checks: annotations, self (the model's own yes/no answers), or misses: annotations by
             which every second absent object of a picture passes for a present one (`MISSED`), as a weak judge's would.
         images: the share of the scenes that a round mines.
-        accumulate: a round trains the base anew on all pairs so far, instead of the model of the round before on its own.
+        accumulate: a round trains the base anew on all pairs so far, instead of the last round's model on its own.
         keys: changes of the recipe; a list has those of each round, of which the last stays.
     """
 
@@ -74,7 +74,6 @@ class Arm:
     by: str = "sentence"
     complete: bool = True
     check: str = "annotations"
-    exhaustive: int = 0
     images: float = 1.0
     accumulate: bool = False
     keys: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
@@ -82,8 +81,7 @@ class Arm:
     @property
     def mining(self) -> str:
         """Name the first round's pairs."""
-        parts = (self.by, self.check, "complete" * self.complete, self.exhaustive, self.rounds, self.images)
-        return "-".join(map(str, parts))
+        return "-".join(map(str, (self.by, self.check, "complete" * self.complete, self.rounds, self.images)))
 
     def keys_of(self, number: int) -> dict[str, Any]:
         return self.keys if isinstance(self.keys, dict) else self.keys[min(number, len(self.keys)) - 1]
@@ -155,7 +153,6 @@ def mine_first(options: argparse.Namespace, seed: int, arm: Arm) -> str:
 def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, seed: int, arm: Arm, number: int) -> int:
     """Mine a round's pairs; returns how many there are of descriptions."""
     if arm.by == "sentence":
-        sentences.EXHAUSTIVE = arm.exhaustive
         sentences.by_annotations = misses_half if arm.check == "misses" else by_annotations
         source = MiningSource(folder / "world" / "vg", "toyworld", exclude=[folder / "world" / options.split])
         # Questions by the number of rounds, so that all arms have as many.

@@ -45,7 +45,6 @@ from relook.mine.pictures import MinedImage
 
 SENTENCE_TOKENS = 96  # longest sentence; one that goes on is no candidate
 ENOUGH_TASKS = 8  # a judge that reads none of so many prompts is no judge; of fewer, it may be the prompts
-EXHAUSTIVE = 0
 JUDGE_COUNTS, UNJUDGED = ("replies", "prompt_tokens", "completion_tokens"), "unjudged: "
 ENDED, TOO_LONG, NOTHING_TRUE = "ended by the model", "longest length", "no true sentence to go on with"
 
@@ -134,8 +133,7 @@ class GrowingDescription:
         best = max(true, key=lambda item: (len(self._new(item[1])), len(item[0].samples)), default=None)
         says_new = best is not None and bool(self._new(best[1]))
         mostly_false = 2 * sum(len(c.samples) for c, _ in false) >= len(continuations)
-        eager = EXHAUSTIVE > 1 and bool(false) and bool(self.picture.objects)
-        if (mostly_false or eager) and not says_new and not self.exhausted:
+        if mostly_false and not says_new and not self.exhausted:
             # The model's descriptions do not end here, nor may this one.
             wrong, verdict = false[0]
             if verdict.corrected and verdict.corrected not in earlier:
@@ -154,8 +152,7 @@ class GrowingDescription:
         # A sentence that names nothing new is no side of a pair: training on such ones fills descriptions with them.
         if false and says_new:
             self._pair(context, candidate.sentence, false[0][0].sentence, complete and self.exhausted)
-        unnamed = EXHAUSTIVE > 0 and bool(self.picture.objects) and not self.exhausted
-        if (complete or 2 * ends >= len(continuations)) and not unnamed:
+        if complete or 2 * ends >= len(continuations):
             self.end = ENDED
 
     def _new(self, verdict: CheckedSentence) -> frozenset[str]:
