@@ -1,43 +1,56 @@
-"""Do three rounds of sentence-level pairs help more than one round of whole descriptions with as many pairs?
+"""Which pairs and which losses lower CHAIR_i at equal recall on toyworld, arm by arm from a file.
 
-    python benchmarks/alignment.py --seeds 61 62 --confirm 91 92 93 --out alignment   # a process for each arm and seed
-    python benchmarks/alignment.py --seeds 61 --confirm 91 --out tiny --scenes 60 --eval-scenes 40 --jobs 1
+    python benchmarks/alignment.py --arms benchmarks/alignment_search.yaml --split dev --seeds 71 72 73 --out dev
+    python benchmarks/alignment.py --arms benchmarks/alignment_arms.yaml --split test --seeds 101 102 103 --out test
 
-On toyworld's exact annotations and its shipped base, an arm is a way to make pairs and to train on them:
-- description: `relook mine` as it is by default, one round; its number of pairs is that of all arms;
-- complete: three rounds of `relook mine --by sentence --complete`, a third of the pairs each;
-- sentence: the same without --complete, so that sentences alone are supervised.
-All have four questions a scene beside them, and see each pair as often. On dev scenes of the first seeds, descriptions
-and complete pairs are trained by the same recipes. The best of each at equal recall, and that of complete pairs without
-the preference term (nll), are then trained from new scenes and compared on test scenes, with intervals that resample
-the images of all seeds.
+An arm is a way to make pairs and to train on them (`Arm`), on toyworld's exact annotations and its shipped base. All
+arms have as many pairs as one round of whole descriptions, see each as often, and have the same questions beside them;
+arms that mine alike share their first round's pairs. Search on dev scenes; confirm on test scenes of other seeds.
+Intervals resample the images of all seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.statistics import rate_difference
-from relook.evaluate.tasks.chair import ChairScore, coverage_curve, data_truth, equal_coverage, read_eval_captions
+from relook.evaluate.tasks.chair import (
+    ChairScore,
+    Vocabulary,
+    coverage_curve,
+    data_truth,
+    equal_coverage,
+    mentions,
+    read_eval_captions,
+)
 from relook.files import read_json, write_json
+from relook.mine import sentences
 from relook.mine.jobs import MiningSettings, MiningSource
+from relook.mine.pictures import read_pictures
 from relook.mine.run import mine_pairs
+from relook.mine.sentences import Candidates, Check, CheckedSentence, by_annotations
 from relook.recipe import load_recipe
 from relook.report.tables import change
 from relook.toyworld import layouts
 from relook.toyworld.build import shipped_base
+from relook.toyworld.world import OBJECTS, SYNONYMS
 from relook.train.run import train
 
-DESCRIPTION, COMPLETE = "description", "complete"
 YES_NO = ("Yes.", "No.")
+MISSED = 0.5  # share of the false objects that a weak check takes for true
 
 
 @dataclass(frozen=True)
@@ -45,60 +58,60 @@ class Arm:
     """A way to make pairs and to train on them.
 
     Args:
+        control: the arm that it is compared with, besides the base.
         rounds: of mining and training; the pairs of all are as many as those of whole descriptions.
         by: description or sentence.
         complete: by sentence: pair complete descriptions.
-        keys: changes of the recipe.
+        check: by sentence: who checks: annotations, self (the model's own yes/no answers), or misses: annotations by
+            which every second absent object of a picture passes for a present one (`MISSED`), as a weak judge's would.
         images: the share of the scenes that a round mines.
+        accumulate: a round trains the base anew on all pairs so far, instead of the last round's model on its own.
+        keys: changes of the recipe; a list has those of each round, of which the last stays.
     """
 
+    control: str = ""
     rounds: int = 1
     by: str = "sentence"
     complete: bool = True
-    keys: dict[str, Any] = field(default_factory=dict)
+    check: str = "annotations"
     images: float = 1.0
+    accumulate: bool = False
+    keys: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def mining(self) -> str:
+        """Name the first round's pairs."""
+        return "-".join(map(str, (self.by, self.check, "complete" * self.complete, self.rounds, self.images)))
 
-BY = {DESCRIPTION: Arm(by="description", complete=False), COMPLETE: Arm(3, images=2 / 3)}
-RECIPES: dict[str, dict[str, Any]] = {
-    "": {},
-    "_dpo1": {"dpo_weight": 1.0},
-    "_lr4": {"learning_rate": 4e-3},
-    "_dpo0": {"dpo_weight": 0.0},
-    "_lr1": {"learning_rate": 1e-3},
-}
-SEARCHED = {f"{by}{name}": replace(arm, keys=keys) for name, keys in RECIPES.items() for by, arm in BY.items()}
-OTHERS = {"sentence": Arm(3, complete=False, images=2 / 3), "complete_one_round": Arm()}
+    def keys_of(self, number: int) -> dict[str, Any]:
+        return self.keys if isinstance(self.keys, dict) else self.keys[min(number, len(self.keys)) - 1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", required=True, help="of the dev scenes")
-    parser.add_argument("--confirm", type=int, nargs="*", default=[], help="of the test scenes")
+    parser.add_argument("--arms", type=Path, required=True, help="YAML: of each arm its settings")
+    parser.add_argument("--split", choices=("dev", "test"), required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=600, help="to mine")
-    parser.add_argument("--eval-scenes", type=int, default=500, help="of dev; of test, twice as many")
+    parser.add_argument("--eval-scenes", type=int, default=500)
     parser.add_argument("--recipe", default="toyworld-post-decoder")
     parser.add_argument("--jobs", type=int, default=12, help="single-thread processes at a time")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing on dev after that time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after that time")
     options = parser.parse_args()
     deadline = time.time() + options.seconds
+    arms = {name: Arm(**(settings or {})) for name, settings in yaml.safe_load(options.arms.read_text()).items()}
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), _one_thread) as pool:
-        worlds = [("dev", seed) for seed in options.seeds] + [("test", seed) for seed in options.confirm]
-        for future in [pool.submit(prepare, options, *world) for world in worlds]:
+        for future in [pool.submit(prepare, options, seed) for seed in options.seeds]:
             print(future.result(), flush=True)
-        # The last recipe comes last: where time is short, it is left out on both sides.
-        *first, fourth, fifth = SEARCHED.items()
-        arms = dict([*first, *OTHERS.items(), fourth, fifth])
-        run_arms(options, pool, arms, "dev", options.seeds, deadline)
-        dev = report(options, pool, arms, "dev", options.seeds)
-        if options.confirm:
-            best = {by: min((n for n in dev if n in SEARCHED and n.startswith(by)), key=lambda n: dev[n]) for by in BY}
-            print(f"best on dev scenes: {', '.join(best.values())}", flush=True)
-            arms = {by: SEARCHED[name] for by, name in best.items()}
-            arms["nll"] = replace(arms[COMPLETE], keys={**arms[COMPLETE].keys, "dpo_weight": 0.0})
-            run_arms(options, pool, dict(reversed(arms.items())), "test", options.confirm)
-            report(options, pool, arms, "test", options.confirm)
+        by_mining = {arm.mining: arm for arm in arms.values()}
+        for future in [pool.submit(mine_first, options, s, arm) for arm in by_mining.values() for s in options.seeds]:
+            print(future.result(), flush=True)
+        runs = [pool.submit(run_arm, options, s, n, a, deadline) for n, a in arms.items() for s in options.seeds]
+        for future in runs:
+            # An arm that fails, such as one that mines no pair, is named, and the others go on.
+            print(repr(future.exception()) if future.exception() else future.result(), flush=True)
+        report(options, pool, arms)
 
 
 def _one_thread() -> None:
@@ -107,80 +120,137 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def folder_of(options: argparse.Namespace, split: str, seed: int) -> Path:
-    return Path(options.out) / split / str(seed)
+def folder_of(options: argparse.Namespace, seed: int) -> Path:
+    return Path(options.out) / str(seed)
 
 
-def source_of(folder: Path, split: str) -> MiningSource:
-    return MiningSource(folder / "world" / "vg", "toyworld", exclude=[folder / "world" / split])
-
-
-def settings(**changes: Any) -> MiningSettings:
-    # Toyworld's sentences are set phrases: similar texts are no duplicates.
-    common = {"questions": 4, "max_new_tokens": 64, "batch_size": 100, "near_texts": 0, "parquet": False}
-    return MiningSettings(**{**common, **changes})
-
-
-def prepare(options: argparse.Namespace, split: str, seed: int) -> str:
+def prepare(options: argparse.Namespace, seed: int) -> str:
     """Draw the scenes, evaluate the base and mine whole descriptions, whose number of pairs all arms get."""
-    folder = folder_of(options, split, seed)
+    folder = folder_of(options, seed)
     layouts.write_vg(folder / "world", seed, options.scenes)
-    layouts.write_eval(folder / "world", split, seed, options.eval_scenes * (2 if split == "test" else 1))
-    evaluate(folder, split, shipped_base(), "base")
-    card = mine_pairs(shipped_base(), source_of(folder, split), folder / "descriptions", settings(seed=seed))
-    return f"{split} {seed}: {card['descriptions']['pairs']} pairs"
+    layouts.write_eval(folder / "world", options.split, seed, options.eval_scenes)
+    write_json(folder / "objects.json", {name: list(SYNONYMS.get(name, ())) for name in OBJECTS})
+    evaluate(options, folder, shipped_base(), "base")
+    source = MiningSource(folder / "world" / "vg", "toyworld", exclude=[folder / "world" / options.split])
+    card = mine_pairs(shipped_base(), source, folder / "pairs" / Arm(by="description").mining, settings(seed, 4))
+    return f"{options.split} {seed}: {card['descriptions']['pairs']} pairs"
 
 
-def evaluate(folder: Path, split: str, model: Path, name: str) -> None:
-    data, answers = folder / "world" / split, folder / "eval" / name
+def settings(seed: int, questions: int, **changes: Any) -> MiningSettings:
+    # Toyworld's sentences are set phrases: similar texts are no duplicates.
+    common = {"max_new_tokens": 64, "batch_size": 100, "near_texts": 0, "parquet": False}
+    return MiningSettings(seed=seed, questions=questions, **{**common, **changes})
+
+
+def mine_first(options: argparse.Namespace, seed: int, arm: Arm) -> str:
+    folder = folder_of(options, seed)
+    pairs = folder / "pairs" / arm.mining
+    counts = mine(options, folder, shipped_base(), pairs, seed, arm, 1)
+    true = truth_of_pairs(folder, pairs, arm)
+    return f"{options.split} {seed}, pairs {arm.mining}: {counts} of descriptions; {true}"
+
+
+def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, seed: int, arm: Arm, number: int) -> int:
+    """Mine a round's pairs; returns how many there are of descriptions."""
+    if arm.by == "sentence":
+        sentences.by_annotations = misses_half if arm.check == "misses" else by_annotations
+        source = MiningSource(folder / "world" / "vg", "toyworld", exclude=[folder / "world" / options.split])
+        # Questions by the number of rounds, so that all arms have as many.
+        questions, own = max(1, round(4 / (arm.rounds * arm.images))), arm.check == "self"
+        if own:
+            source = MiningSource(source.images, "none", folder / "objects.json", source.exclude)
+        described = read_json(folder / "pairs" / Arm(by="description").mining / "card.json")["descriptions"]
+        drawn = {
+            "by": "sentence",
+            "complete": arm.complete,
+            "own_answers": own,
+            "max_images": int(options.scenes * arm.images),
+            "max_pairs": described["pairs"] // arm.rounds,
+        }
+        mine_pairs(model, source, pairs, settings(seed + number, questions, **drawn))
+        write_json(pairs / "twice.json", sentences_twice(read_json(pairs / "sentinel.json")))
+    count: int = read_json(pairs / "card.json")["descriptions"]["pairs"]
+    return count
+
+
+def misses_half(vocabulary: Vocabulary, neutral: Sequence[str]) -> Check:
+    """Check as annotations do, but take false sentences for true whose absent objects are all missed."""
+    exact = by_annotations(vocabulary, neutral)
+
+    def missed(image: str, name: str) -> bool:
+        return random.Random(f"{image}/{name}").random() < MISSED
+
+    def check(batch: Candidates) -> list[list[CheckedSentence]]:
+        verdicts = exact(batch)
+        for (description, candidates), of_description in zip(batch, verdicts, strict=True):
+            image, objects = description.picture.id, description.picture.objects
+            for number, candidate in enumerate(candidates):
+                names = frozenset(m.object for m in mentions(candidate.sentence, vocabulary))
+                if all(missed(image, name) for name in names - objects):
+                    of_description[number] = CheckedSentence(True, names)
+        return verdicts
+
+    return check
+
+
+def truth_of_pairs(folder: Path, pairs: Path, arm: Arm) -> str:
+    """Say what share of the mentions of chosen and of rejected texts name what is not on the picture."""
+    pictures = read_pictures(folder / "world" / "vg", "toyworld").pictures
+    truth = {key: p.objects for p in pictures for key in (p.id, p.path.relative_to(folder / "world" / "vg").as_posix())}
+    vocabulary = Vocabulary.of(OBJECTS, SYNONYMS)
+    if arm.by == "description":
+        stored = read_json(pairs / "desc_data.json")
+        records = [(i, p["chosen"][0], p["rejected"][0]) for i, p in stored.items()]
+    else:
+        stored = read_json(pairs / "sentinel.json")
+        records = [(i, p["y_win"], p["y_lose"]) for i, of in stored.items() for p in of if p["y_win"] not in YES_NO]
+    shares = []
+    for side in (1, 2):
+        wrong = [m.object not in truth[str(r[0])] for r in records for m in mentions(r[side], vocabulary)]
+        shares.append(f"{100 * sum(wrong) / max(1, len(wrong)):.1f} % of {len(wrong) / max(1, len(records)):.1f}")
+    return f"false mentions {shares[0]} a chosen text, {shares[1]} a rejected one"
+
+
+def evaluate(options: argparse.Namespace, folder: Path, model: Path, name: str) -> None:
+    data, answers = folder / "world" / options.split, folder / "eval" / name
     evaluate_model(model, ["chair"], data, answers, max_new_tokens=64, batch_size=100)
 
 
-def run_arms(
-    options: argparse.Namespace,
-    pool: Executor,
-    arms: dict[str, Arm],
-    split: str,
-    seeds: list[int],
-    deadline: float = float("inf"),
-) -> None:
-    runs = [pool.submit(run_arm, options, split, s, n, arm, deadline) for n, arm in arms.items() for s in seeds]
-    for future in runs:
-        print(future.result(), flush=True)
-
-
-def run_arm(options: argparse.Namespace, split: str, seed: int, name: str, arm: Arm, deadline: float) -> str:
+def run_arm(options: argparse.Namespace, seed: int, name: str, arm: Arm, deadline: float) -> str:
     """Mine, train and evaluate, round by round."""
     if time.time() > deadline:
-        return f"{split} {seed}, {name}: not begun"
-    started, folder, model = time.monotonic(), folder_of(options, split, seed), shipped_base()
-    wanted = read_json(folder / "descriptions" / "card.json")["descriptions"]["pairs"]
+        return f"{options.split} {seed}, {name}: not begun"
+    started, folder, model = time.monotonic(), folder_of(options, seed), shipped_base()
     counts: list[int] = []
+    collected: dict[str, list[dict[str, Any]]] = {}
     for number in range(1, arm.rounds + 1):
-        if arm.by == DESCRIPTION:
-            pairs, counts = folder / "descriptions", [wanted]
+        pairs = folder / "pairs" / arm.mining if number == 1 else folder / name / f"pairs{number}"
+        counts.append(mine(options, folder, model, pairs, seed, arm, number))
+        if arm.by == "description":
             keys: dict[str, Any] = {
                 "desc_data_path": pairs / "desc_data.json",
                 "pope_data_path": pairs / "pope_data.json",
             }
         else:
-            pairs = folder / name / f"pairs{number}"
-            drawn = {"seed": seed + number, "max_images": int(options.scenes * arm.images), "complete": arm.complete}
-            # Questions by the number of rounds, so that all arms have as many.
-            drawn |= {"questions": max(1, round(4 / (arm.rounds * arm.images)))}
-            drawn |= {"max_pairs": wanted // arm.rounds}
-            card = mine_pairs(model, source_of(folder, split), pairs, settings(by="sentence", **drawn))
-            counts.append(card["descriptions"]["pairs"])
-            write_json(pairs / "twice.json", sentences_twice(read_json(pairs / "sentinel.json")))
             keys = {"pairs_path": pairs / "twice.json"}
-        run = folder / name / f"run{number}"
-        keys |= {"model_name_or_path": model, "vg_path": pairs, "output_dir": run, "seed": seed, "warmup_steps": 0.1}
-        if number > 1:
+        run, start, images = folder / name / f"run{number}", model, pairs
+        if arm.accumulate:
+            for image, of_image in read_json(pairs / "twice.json").items():
+                collected[image] = [*collected.get(image, []), *of_image]
+            write_json(folder / name / f"pairs{number}.json", collected)
+            keys, start, images = (
+                {"pairs_path": folder / name / f"pairs{number}.json"},
+                shipped_base(),
+                folder / "world" / "vg",
+            )
+        keys |= {"model_name_or_path": start, "vg_path": images, "output_dir": run, "seed": seed, "warmup_steps": 0.1}
+        if number > 1 and not arm.accumulate:
             keys["post_decoder_init"] = "random"  # the first round's goes on
-        train(load_recipe(options.recipe, {**keys, **arm.keys}))
+        train(load_recipe(options.recipe, {**keys, **arm.keys_of(number)}))
         model = run
-    evaluate(folder, split, model, name)
-    return f"{split} {seed}, {name}: {' + '.join(map(str, counts))} pairs, {time.monotonic() - started:.0f} s"
+    evaluate(options, folder, model, name)
+    shutil.rmtree(folder / name)
+    return f"{options.split} {seed}, {name}: {' + '.join(map(str, counts))} pairs, {time.monotonic() - started:.0f} s"
 
 
 def sentences_twice(records: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -194,24 +264,21 @@ def sentences_twice(records: dict[str, list[dict[str, Any]]]) -> dict[str, list[
 # --- comparison
 
 
-def report(
-    options: argparse.Namespace, pool: Executor, arms: dict[str, Arm], split: str, seeds: list[int]
-) -> dict[str, float]:
-    """Print the comparisons; return each arm's difference to descriptions in CHAIR_i at equal recall."""
-    folders = [folder_of(options, split, seed) for seed in seeds]
+def report(options: argparse.Namespace, pool: Executor, arms: dict[str, Arm]) -> None:
+    """Print each arm's scores, and its differences to the base and to its control in CHAIR_i at equal recall."""
+    folders = [folder_of(options, seed) for seed in options.seeds]
     names = [name for name in ("base", *arms) if all((folder / "eval" / name).exists() for folder in folders)]
     cells = [(folder, name) for folder in folders for name in names]
-    curves = dict(zip(cells, pool.map(curve_of, *zip(*cells, strict=True), repeat(split)), strict=True))
+    curves = dict(zip(cells, pool.map(curve_of, *zip(*cells, strict=True), repeat(options.split)), strict=True))
     result: dict[str, Any] = {"scores": {}, "differences": {}}
-    print(f"\n| {split} | CHAIR_i | recall | words | (means over seeds)\n|---|---|---|---|")
+    print(f"\n| {options.split} | CHAIR_i | recall | words | (means over seeds)\n|---|---|---|---|")
     for name in names:
         ends = [curves[folder, name][-1] for folder in folders]
         result["scores"][name] = [score.to_json() for score in ends]
         means = [sum(getattr(score, key) for score in ends) / len(ends) for key in ("chair_i", "recall", "length")]
         print(f"| {name} | {100 * means[0]:.1f} | {100 * means[1]:.1f} | {means[2]:.1f} |")
-    pairs = [("base", name) for name in names[1:]]
-    pairs += [(DESCRIPTION, name) for name in names[1:] if name != DESCRIPTION]
-    pairs += [("nll", COMPLETE)] if "nll" in names else []
+    pairs = [(arms[name].control, name) for name in names[1:] if arms[name].control in names]
+    pairs += [("base", name) for name in names[1:]]
     print("\nsecond minus first, points with a 95 % interval over all seeds' images")
     print("| | CHAIR_i at equal recall | each seed | CHAIR_i of all words | recall |\n|---|---|---|---|---|")
     for first, second in pairs:
@@ -223,18 +290,17 @@ def report(
         ]
         ends = [[side[-1] for side in sides] for sides in both]
         kept = ("recall", "words", "chair_i", "difference", "ci")
-        found = {
+        differences = {
             "equal_recall": difference(cut, "chair_i"),
             "chair_i": difference(ends, "chair_i"),
             "recall": difference(ends, "recall"),
         }
-        result["differences"][f"{second} - {first}"] = {**found, "seeds": [{k: c[k] for k in kept} for c in at_equal]}
+        seeds = [{k: c[k] for k in kept} for c in at_equal]
+        result["differences"][f"{second} - {first}"] = {**differences, "seeds": seeds}
         each = "; ".join(f"{100 * c['difference']:+.1f} at {100 * c['recall']:.0f}" for c in at_equal)
-        equal, *of_all = map(change, found.values())
+        equal, *of_all = map(change, differences.values())
         print(f"| {second} - {first} | {equal} | {each} | {' | '.join(of_all)} |", flush=True)
-    write_json(options.out / f"{split}.json", result)
-    against = {name: result["differences"].get(f"{name} - {DESCRIPTION}") for name in names[1:]}
-    return {name: found["equal_recall"]["difference"] if found else 0.0 for name, found in against.items()}
+    write_json(options.out / f"{options.split}.json", result)
 
 
 def curve_of(folder: Path, name: str, split: str) -> list[ChairScore]:

@@ -27,6 +27,7 @@ from shapes import (
     DEVICE,
     DTYPE,
     GPU,
+    RESPONSE,
     SHAPES,
     device_name,
     matmul,
@@ -68,9 +69,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "relook_0.4": {"activation_memory_budget": 0.4},
     "relook_recomputed": {"gradient_checkpointing": True},
     "relook_mixed_lengths": {},
-    "relook_context": {},
+    **{f"relook_{kind}": {} for kind in ("context", "whole", "sentences")},
 }
-CONTEXT = 100  # words that both answers of a pair of relook_context begin with
+# What is read once a pair instead of twice: pairs whose answers share their first 100 words as a context (context), the
+# same pairs without sharing (whole), and such a context with sentences instead of long answers (sentences).
+CONTEXT = 100
+LENGTHS = {
+    "context": {"context": CONTEXT},
+    "whole": {"response": CONTEXT + RESPONSE},
+    "sentences": {"context": CONTEXT, "response": 20},
+}
 
 
 def main() -> None:
@@ -96,8 +104,8 @@ def main() -> None:
     write_model(options.work / "plain", shape, answers=False)
     size, count = shape.get("picture", (500, 375)), PAIRS * options.steps
     write_pairs(options.work / "lora_fixed", count, count, 0, size=size)
-    if "context" in options.parts:
-        write_pairs(options.work / "lora_context", count, count, 0, CONTEXT, size)
+    for kind in LENGTHS.keys() & {part.removeprefix("relook_") for part in options.parts.split(",")}:
+        write_pairs(options.work / f"lora_{kind}", count, count, 0, size=size, **LENGTHS[kind])
     if "mixed" in options.parts:
         write_pairs(options.work / "lora_mixed", count, count // 3, 2 * count // 3, size=size)
     report["matmul"] = matmul()
@@ -108,15 +116,20 @@ def main() -> None:
         run = subprocess.run([sys.executable, *sys.argv, "--part", part], stdout=subprocess.PIPE, text=True)
         last = run.stdout.strip().splitlines()[-1:]
         figures = json.loads(last[0]) if run.returncode == 0 else {"failed": run.returncode}
-        if part == "relook_context" and "pairs_per_s" in report.get("relook", {}):
+        other_lengths = part.removeprefix("relook_") in LENGTHS or "mixed" in part
+        if (
+            part.removeprefix("relook_") in LENGTHS
+            and "pairs_per_s" in report.get("relook", {})
+            and figures.get("pairs_per_s")
+        ):
             figures["times_cost_of_relook"] = round(report["relook"]["pairs_per_s"] / figures["pairs_per_s"], 3)
-        elif "pairs_per_s" in figures and "mixed" not in part:
+        elif "pairs_per_s" in figures and not other_lengths:
             figures["useful_tflops"] = round(figures["pairs_per_s"] * flops, 1)
             figures["of_best_matmul"] = round(figures["useful_tflops"] / report["matmul"]["best_tflops"], 3)
             figures["of_sustained_matmul"] = round(figures["useful_tflops"] / report["matmul"]["sustained_tflops"], 3)
         report[part] = figures
         for name in PEERS:
-            if part in RUNS and "pairs_per_s" in report.get(name, {}) and not {"mixed", "context"} & {*part.split("_")}:
+            if part in RUNS and "pairs_per_s" in report.get(name, {}) and not other_lengths:
                 figures[f"times_{name}"] = round(figures["pairs_per_s"] / report[name]["pairs_per_s"], 2)
         print(part, json.dumps(figures), flush=True)
         if options.out:
@@ -128,7 +141,7 @@ def main() -> None:
 
 def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     """`relook train` by its shipped recipe; the figures are those that it logs, over the last half of its steps."""
-    kind = next((kind for kind in ("mixed", "context") if kind in options.part), "fixed")
+    kind = next((kind for kind in ("mixed", *LENGTHS) if kind in options.part), "fixed")
     data = options.work / f"lora_{kind}"
     files = {"desc_data_path": data / "desc_data.json"}
     if "mixed" in options.part:
@@ -163,6 +176,7 @@ def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     return {
         "pairs_per_s": round(last["pairs_per_second"], 2),
         "tokens_per_s": round(last["tokens_per_second"]),
+        "tokens_per_pair": round(last["tokens_per_second"] / last["pairs_per_second"], 1),
         "peak_gib": peak_bytes,
         "first_loss": round(first["loss"], 4),  # ln 2 but for rounding: policy and reference are one model then
         "loss": round(last["loss"], 4),

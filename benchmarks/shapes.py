@@ -307,12 +307,14 @@ def write_pairs(
     questions: int,
     context: int = 0,
     size: tuple[int, int] = (500, 375),
+    response: int = RESPONSE,
 ) -> None:
     """HA-DPO's files over Visual Genome's layout: one description pair, or some question pairs, an image.
 
     Args:
         context: words that both descriptions of a pair begin with, as its context.
         size: width and height of the pictures.
+        response: words of each description after that.
     """
     if (folder / "desc_data.json").exists():
         return
@@ -325,7 +327,7 @@ def write_pairs(
     described: dict[str, Any] = {}
     for number in range(1, descriptions + 1):
         before = f"{text(context)} " if context else ""
-        sides = {side: [before + text(RESPONSE)] for side in ("chosen", "rejected")}
+        sides = {side: [before + text(response)] for side in ("chosen", "rejected")}
         described[str(number)] = {**sides, **({"context": before.strip()} if context else {})}
     write_json(folder / "desc_data.json", described)
     question_pairs = [

@@ -20,7 +20,7 @@ from relook.data.readers import read_pairs, read_sentinel
 from relook.data.sentences import end_of_first_sentence, split_sentences
 from relook.errors import RecipeError
 from relook.evaluate.results import AnswerFile
-from relook.files import read_json
+from relook.files import read_json, write_json
 from relook.generate.answering import (
     Beginning,
     Continuation,
@@ -220,6 +220,29 @@ def test_the_model_itself_checks_by_yes_and_no(monkeypatch: pytest.MonkeyPatch) 
         assert [verdict.true for verdict in checked] == [True, False, None, True]
         assert [verdict.present for verdict in checked] == [{"cup"}, {"cup"}, {"cup"}, set()]
     assert len(asked) == growing.counts["checks"] == 3
+
+
+def test_the_model_is_asked_about_further_objects_of_the_user(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of toyworld's objects COCO has no tree: nobody would ask about one."""
+    asked: list[str] = []
+
+    def answer(answerer: Any, questions: Sequence[tuple[Path, str]], *rest: Any) -> Iterator[tuple[int, str]]:
+        asked.extend(text for _, text in questions)
+        return answer_questions(answerer, questions, *rest)
+
+    monkeypatch.setattr(sentences, "answer_questions", answer)
+    write_json(tmp_path / "objects.json", {"tree": ["oak"]})
+    settings = MiningSettings(**{**vars(SETTINGS), "own_answers": True, "max_images": 8, "parquet": False})
+    for words, expected in ((None, False), (tmp_path / "objects.json", True)):
+        asked.clear()
+        source = MiningSource(world / "vg", "none", words)
+        mine_pairs(shipped_base(), source, tmp_path / f"out-{expected}", settings)
+        assert asked
+        assert any("tree" in text for text in asked) is expected
+    with pytest.raises(RecipeError, match="Synonyms belong to annotations"):
+        mine_pairs(shipped_base(), source, tmp_path / "out", MiningSettings(by="sentence"), judging("http://x/v1"))
 
 
 def test_a_judge_that_answers_nonsense_is_counted_and_makes_no_pair(tmp_path: Path) -> None:

@@ -73,18 +73,16 @@ def read_pictures(images: str | Path, kind: str, synonyms: str | Path | None = N
         synonyms: JSON, `{name: [other word, ...]}`, in addition to the annotations' own.
 
     Raises:
-        RecipeError: there is no such kind, or synonyms are given without annotations.
+        RecipeError: there is no such kind.
         DataError: the folder is not in that layout, or holds no picture.
     """
     images = Path(images)
     synonyms = None if synonyms is None else Path(synonyms)
     if kind not in KINDS:
         raise RecipeError(f"There are no annotations of kind {kind!r}.", did_you_mean(kind, KINDS))
-    if synonyms and kind == "none":
-        raise RecipeError("Synonyms belong to annotations, and there are none.", "Leave --synonyms out.")
     if not images.is_dir():
         raise DataError(f"There is no image folder {images}.", "Check --images.")
-    annotated = KINDS[kind](images, _read_synonyms(synonyms) if synonyms else {})
+    annotated = KINDS[kind](images, read_synonyms(synonyms) if synonyms else {})
     if not annotated.pictures:
         raise DataError(f"{images} holds no {'' if kind == 'none' else 'annotated '}images to mine.", "Check --images.")
     if twice := [name for name, count in Counter(p.id for p in annotated.pictures).items() if count > 1]:
@@ -111,7 +109,8 @@ def _file_names(path: Path, *numbers: object) -> frozenset[str]:
     return image_names(path.name) | {f"id:{number}" for number in ids}
 
 
-def _read_synonyms(path: Path) -> dict[str, list[str]]:
+def read_synonyms(path: Path) -> dict[str, list[str]]:
+    """Read a file of further words for objects, `{name: [other word, ...]}`."""
     synonyms = read_json_object(path)
     if not all(isinstance(words, list) and all(isinstance(w, str) for w in words) for words in synonyms.values()):
         raise DataError(f"{path} is no list of synonyms.", 'Give it as {"cup": ["mug"]}.')

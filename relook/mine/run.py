@@ -44,6 +44,7 @@ from relook.mine.pictures import (
     evaluation_files,
     excluded_names,
     read_pictures,
+    read_synonyms,
 )
 from relook.model.checkpoint import ModelFolder
 from relook.model.load import LoadOptions
@@ -103,7 +104,7 @@ def mine_pairs(
     load_first = functools.cache(load_for_judge)
     described: DescriptionPairs | None
     if settings.by_sentence:
-        described = _pair_sentences(pictures, annotated, settings, judge, load_first, work, description_rng)
+        described = _pair_sentences(pictures, annotated, source, settings, judge, load_first, work, description_rng)
     else:
         texts = describe_images(pictures, settings, load_first, work, description_rng)
         described = None  # the first process pairs
@@ -170,6 +171,8 @@ def _check_settings(
             "The model's own answers check sentences where there are no annotations.",
             "Give --by sentence --annotations none, or another --judge.",
         )
+    if source.synonyms and source.annotations == "none" and not settings.own_answers:
+        raise RecipeError("Synonyms belong to annotations, and there are none.", "Leave --synonyms out.")
     if settings.by_sentence and judge and source.annotations != "none":
         raise RecipeError("Annotations check all sentences: a judge would do nothing.", "Leave --judge out.")
     if settings.by_sentence and not (settings.temperature > 0 and settings.continuations > 1):
@@ -202,6 +205,7 @@ def _check_settings(
 def _pair_sentences(
     pictures: Sequence[MinedImage],
     annotated: AnnotatedImages,
+    source: MiningSource,
     settings: MiningSettings,
     judge: JudgeSettings | None,
     load: Callable[[], Answerer],
@@ -214,7 +218,11 @@ def _pair_sentences(
     elif judge is not None:
         check = sentences.by_judge(Judge(judge, work / JUDGE_CACHE, distributed.rank()))
     else:
-        check = sentences.by_own_answers(coco_vocabulary(), load, settings)
+        # Of a model's words, those for COCO's objects are known, and those that the user adds.
+        added = read_synonyms(source.synonyms) if source.synonyms else {}
+        phrases = {**coco_vocabulary().phrases, **Vocabulary.of(list(added), added).phrases}
+        vocabulary = Vocabulary(phrases, coco_vocabulary().hidden_by)
+        check = sentences.by_own_answers(vocabulary, load, settings)
     prompts = [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
     records = sentences.describe_by_sentence(pictures, prompts, settings, load, check, work)
     result = sentences.pairs_of_records(pictures, records, judge, settings.complete)
