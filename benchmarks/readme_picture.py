@@ -1,7 +1,7 @@
-"""The README's pictures, from a finished demo: an example with the invented word marked, and the report's first screen.
+"""The README's pictures, from a finished demo: an example with the invented word marked, the report and the page.
 
     python benchmarks/readme_picture.py demo --out docs/images                  # example.png
-    python benchmarks/readme_picture.py demo --out docs/images --chromium PATH  # report.png, too
+    python benchmarks/readme_picture.py demo --out docs/images --chromium PATH  # report.png and page.png, too
 
 The example is one of the report's own, the first in which tuning helps; `--card` takes another.
 """
@@ -12,6 +12,10 @@ import argparse
 import base64
 import io
 import re
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,7 @@ def main() -> None:
     draw_example(helps[0]["cards"][options.card]).save(options.out / "example.png", optimize=True)
     if options.chromium:
         photograph(options.demo / "report.html", options.out / "report.png", options.chromium)
+        photograph_page(options.demo / "runs" / "post_decoder", options.out / "page.png", options.chromium)
 
 
 def draw_example(card: dict[str, Any]) -> Image.Image:
@@ -105,6 +110,62 @@ def photograph(page: Path, out: Path, chromium: str) -> None:
         view.goto(page.resolve().as_uri())
         view.screenshot(path=out)
         browser.close()
+
+
+def photograph_page(run: Path, out: Path, chromium: str) -> None:
+    """Save the page of `relook serve RUN --with-base` at 1280 x 720 pixels.
+
+    It shows the first drawn example of which the base alone names something absent, and where the run looked before the
+    last object that it names.
+
+    Raises:
+        LookupError: there is no such example.
+    """
+    from playwright.sync_api import sync_playwright
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["serve", str(run), "--with-base", "--page", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen([sys.executable, "-m", "relook", *words])
+    try:
+        while server.poll() is None and not _answers(port):
+            time.sleep(0.5)
+        with sync_playwright() as running:
+            browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            view = browser.new_page(viewport={"width": 1280, "height": 720})
+            view.goto(f"http://127.0.0.1:{port}/")
+            view.wait_for_selector("#panel .example")
+            word = _find_example(view)
+            view.locator(".answer").first.locator(".word", has_text=re.compile(f"^{word}$")).first.click()
+            view.wait_for_selector("figure.map .heat")
+            view.mouse.move(0, 0)
+            view.screenshot(path=out)
+            browser.close()
+        print(f"{out}: where it looked before “{word}”")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _find_example(view: Any) -> str:
+    """Click examples until one fits, and return the last object of its picture that the run names."""
+    for example in view.locator("#panel .example").all():
+        example.click()
+        view.wait_for_selector("#panel .facts")
+        view.wait_for_selector(".answer:nth-child(2) .text")
+        view.wait_for_selector(".scroll:not([data-running])")
+        there = re.findall(r"\w+", view.locator("#panel .facts").inner_text().partition(":")[2].partition(".")[0])
+        run, base = view.locator(".answer").all()[:2]
+        named = [word for word in re.findall(r"\w+", run.locator(".text").first.inner_text()) if word in there]
+        if named and base.locator(".absent").count() and not run.locator(".absent").count():
+            return named[-1]
+    raise LookupError("Of no example does the base alone name something absent.")
 
 
 if __name__ == "__main__":
