@@ -101,6 +101,13 @@ def log_of(out: Path, field: str) -> list[float]:
     return [entry[field] for entry in json.loads((out / "run.json").read_text())["log"] if field in entry]
 
 
+def anyone_may_read(out: Path) -> bool:
+    """Whether a run's files have the permissions of any new file; safetensors makes its own private."""
+    plain = out.with_name("new")
+    plain.touch()
+    return {path.stat().st_mode for path in out.iterdir() if path.is_file()} == {plain.stat().st_mode}
+
+
 def recipe_for(base: Path, world: Path, out: Path, **keys: Any) -> Recipe:
     return build_recipe(dpo_keys(base, world, out, **keys))
 
@@ -486,6 +493,7 @@ def test_a_trained_lora_is_loaded_as_peft_loads_it(base: Path, world: Path, tmp_
     ours, theirs = logits_of(load_model(out).model, pictures), logits_of(adapted, pictures)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     assert not torch.allclose(logits_of(adapted, pictures), before, atol=1e-3)
+    assert anyone_may_read(out)
 
 
 def test_a_post_decoder_trained_on_the_wrong_base_is_refused(base: Path, world: Path, tmp_path: Path) -> None:
@@ -536,6 +544,7 @@ def test_a_full_run_is_a_model_of_its_own(base: Path, world: Path, tmp_path: Pat
     tower = [name for name in before if "vision_tower" in name]
     assert tower
     assert all(torch.equal(before[name], after[name]) == (name in tower) for name in before)
+    assert anyone_may_read(out)
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,14 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
+def save_pretrained(model: Any, folder: Path, **options: Any) -> None:
+    """Save a model as transformers and peft do, its tensors with the permissions that its config has."""
+    model.save_pretrained(folder, **options)
+    mode = next(folder.glob("*config.json")).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
+
+
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write a stream of tensors to `model.safetensors`, or to shards with an index; one shard is in memory at a time.
 

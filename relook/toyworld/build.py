@@ -34,6 +34,7 @@ from relook.errors import CheckpointError
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.tasks.pope import question_text, stated
 from relook.files import atomic_folder, read_json, read_records, write_json
+from relook.model.checkpoint import save_pretrained
 from relook.model.load import load_model, model_hash
 from relook.model.trainable import untie_head
 from relook.recipe import load_recipe
@@ -94,7 +95,7 @@ def build_base(out: str | Path, world: str | Path, seed: int, scenes: int = SCEN
         model = assemble(tower, seed)
         align_projector(model, drawn, pixels, seed)
         with atomic_folder(start) as folder:
-            model.save_pretrained(folder)
+            save_pretrained(model, folder)
             make_processor().save_pretrained(folder)
     # All of it but the tower is then trained by relook's own SFT, as any other model.
     sft = out.with_name(out.name + "-sft")
@@ -156,7 +157,7 @@ def finish_base(sft: Path, out: Path) -> None:
     loaded = load_model(sft)
     untie_head(loaded.model)
     with atomic_folder(out) as folder:
-        loaded.model.save_pretrained(folder)
+        save_pretrained(loaded.model, folder)
         loaded.processor.save_pretrained(folder)
         # Names without the folders of the machine that it was trained on: the file may travel.
         recipe = load_recipe(str(sft / "recipe.yaml"))

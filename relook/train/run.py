@@ -40,7 +40,7 @@ from relook.forward.collate import (
 )
 from relook.forward.policy import Policy
 from relook.model.adapters import read_adapter
-from relook.model.checkpoint import llava_settings
+from relook.model.checkpoint import llava_settings, save_pretrained
 from relook.model.families import family_of
 from relook.model.load import TENSORS_FILE, HeadModel, LoadedModel, base_and_adapter, load_model, open_base
 from relook.model.trainable import set_trainable
@@ -556,7 +556,7 @@ def save_run(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> 
     if recipe.full or recipe.lora_enable:
         tensors = gather_tensors(loaded.model, everything=recipe.full)
         if distributed.is_main():
-            loaded.model.save_pretrained(out, state_dict=tensors)
+            save_pretrained(loaded.model, out, state_dict=tensors)
     if not distributed.is_main():
         return
     if recipe.full:
