@@ -69,11 +69,9 @@ def with_context(context: str, complete: bool = True) -> PreferencePair:
         ["llama_full_32000/legacy_false", "llama_cut_1024/legacy_true"],
     ),
 )
-def test_a_context_changes_what_is_supervised_and_no_id(
-    context: str, variant: str, refdata: Path, tmp_path: Path
-) -> None:
+def test_a_context_changes_what_is_supervised_and_no_id(context: str, variant: str, refdata: Path) -> None:
     """A token across its end is supervised, wherever white space stands; all tokens before are prefix."""
-    encode = Encoder(reference_tokenizer(refdata, tmp_path, variant), get_template("v1"), IMAGE_ID, 1)
+    encode = Encoder(reference_tokenizer(refdata, variant), get_template("v1"), IMAGE_ID, 1)
     answers = (PAIR.chosen, PAIR.rejected)
     complete, cut = (encode.pair(with_context(text)) for text in ("", context))
     for row, expected, answer in zip(rows_of(cut), rows_of(complete), answers, strict=True):

@@ -35,8 +35,8 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(refdata: Path, variant: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return reference_tokenizer(refdata, tmp_path_factory.mktemp("tokenizer"), variant)
+def tokenizer(refdata: Path, variant: str) -> Any:
+    return reference_tokenizer(refdata, variant)
 
 
 @pytest.fixture(scope="module")

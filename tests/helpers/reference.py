@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from relook.model.tokenizer import load_tokenizer
@@ -12,10 +14,14 @@ from relook.model.tokenizer import load_tokenizer
 IGNORE, IMAGE_ID = -100, -200
 
 
-def reference_tokenizer(refdata: Path, folder: Path, variant: str) -> Any:
-    """The tokenizer of a variant such as "llama_cut_1024/legacy_false", from a copy of its folder in `folder`."""
+FOLDER = TemporaryDirectory()  # until this process ends
+
+
+@functools.cache
+def reference_tokenizer(refdata: Path, variant: str) -> Any:
+    """The tokenizer of a variant such as "llama_cut_1024/legacy_false", read once. Copy it before you change it."""
     name, legacy = variant.split("/")
-    copy = folder / name / legacy
+    copy = Path(FOLDER.name, name, legacy)
     copy.mkdir(parents=True)
     for file in ("tokenizer.model", "special_tokens_map.json"):
         shutil.copyfile(refdata / "tokenizers" / name / file, copy / file)
