@@ -65,7 +65,8 @@ def nothing_for_nobody() -> None:
     PreTrainedConfig.__repr__ = object.__repr__  # type: ignore[method-assign]
     PeftModel.create_or_update_model_card = lambda *_: None  # type: ignore[method-assign]
     ssl.create_default_context = functools.cache(ssl.create_default_context)
-    if mixin := getattr(configuration_utils, "HeterogeneousConfigMixin", None):
+    mixin = getattr(configuration_utils, "HeterogeneousConfigMixin", None)  # which older releases do not have
+    if mixin is not None and "__getattribute__" in vars(mixin):
         del mixin.__getattribute__
     typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 
