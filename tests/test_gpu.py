@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaModel
 from relook import LoadedModel, load_model
 from relook.data import packing
 from relook.data.images import RecentCache
-from relook.data.packing import Tree, copy_to_cpu, pack, to_device
+from relook.data.packing import TokenRow, Tree, copy_to_cpu, pack, to_device
 from relook.data.samples import Turn
 from relook.data.templates import with_image
 from relook.doctor import OK, run_checks
@@ -86,6 +87,44 @@ def test_packed_states_and_gradients_are_those_of_the_cpu(how: str, everything: 
             assert embeds.grad is not None
             found.append((states.detach().cpu(), embeds.grad.cpu()))
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_reference_and_first_step_differ_by_no_more_than_bf16_does() -> None:
+    """Compiled without gradients and with them, in rows of other trees: both round, and neither leans to one side."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 8}
+    with torch.device("cuda"):
+        exact = LlamaModel(LlamaConfig(vocab_size=1000, **sizes)).eval()
+        head = torch.randn(1000, 512) / 512**0.5
+    ids = torch.randint(5, 1000, (32, 140)).tolist()
+    made = [
+        Tree(tuple(row[:60]), tuple(TokenRow(tuple(row[start : start + 40]), (True,) * 40) for start in (60, 100)))
+        for row in ids
+    ]
+
+    def log_probs(model: LlamaModel, how: str, order: list[int], grad: bool) -> Tensor:
+        """Return those of each tree's targets, (32, 80)."""
+        reads, found = PackedTrunk(model, how), torch.empty(32, 80)
+        for numbers in torch.tensor(order).split(8):
+            rows = [made[i] for i in numbers.tolist()]
+            packed = to_device(pack(rows, PAD, False, 10_000, packing.round_up_to_blocks), "cuda")
+            with torch.set_grad_enabled(grad):
+                embeds = model.embed_tokens(packed.ids)
+                states = reads(embeds.detach().requires_grad_(grad), packed)[packed.targets.tree, packed.targets.slot]
+            logits = states.detach().float() @ head.float().T
+            values = logits.log_softmax(-1).gather(-1, packed.targets.id[:, None])
+            found[numbers] = values.view(len(rows), 80).cpu()
+        return found
+
+    truth = log_probs(exact, "dense", list(range(32)), False)
+    rounded = copy.deepcopy(exact).bfloat16()
+    reference = log_probs(rounded, "compiled", list(range(32)), False)
+    step = log_probs(rounded, "compiled", torch.randperm(32).tolist(), True)
+    noise, difference = (reference - truth).square().mean().sqrt(), step - reference
+    assert 0 < noise < 0.1
+    assert difference.square().mean().sqrt() < 2 * noise
+    margins = difference[:, :40].sum(1) - difference[:, 40:].sum(1)  # of the loss, which leans to no side
+    assert margins.mean().abs() < 4 * noise * 2**0.5 * (80 / 32) ** 0.5
 
 
 @pytest.mark.parametrize("keys", list(REGIMES.values()), ids=list(REGIMES))

@@ -123,7 +123,7 @@ def test_dpo_over_trees_is_dpo_over_two_rows(kind: str, base: Path, world: Path,
     bench = Bench(base, world, tmp_path / "run", beta=0.3, **keys)
     bench.move()
     plain = plain_peft(base, theirs, bench.recipe.bits)
-    plain.train(bench.recipe.bits == 4)  # else bitsandbytes packs the weights: see regimes._keep_unpacked
+    plain.train(bench.recipe.bits == 4)  # else bitsandbytes packs the weights: see trainable.keep_unpacked
     ours = dict(bench.loaded.core.named_parameters())
     for name, parameter in plain.get_base_model().named_parameters():
         if "lora_" in name:

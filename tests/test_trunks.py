@@ -216,6 +216,18 @@ def test_an_untested_family_is_checked_when_it_is_loaded(tmp_path: Path, monkeyp
         load_model(folder)
 
 
+def test_the_check_does_not_pack_quantised_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with bf16 instructions; packed weights would pass no gradient."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    packed = "bitsandbytes.nn.modules._convert_weight_packed_for_cpu"
+    monkeypatch.setattr(packed, lambda *_: pytest.fail("the weights were packed"))
+    monkeypatch.setattr(families, "FAMILIES", {})
+    loaded = load_model(save_trunk(tmp_path / "unknown", "qwen3_vl"), bits=4)
+    layer = families.language_model(loaded.core.model).layers[0].mlp.up_proj
+    assert layer.support_avx512bf16_for_cpu  # what is served may be packed
+    assert layer.weight.quant_state is not None
+
+
 @torch.no_grad()
 def test_a_tower_attends_to_segments_of_equal_length_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_model(save_trunk(tmp_path / "model"))
@@ -508,10 +520,12 @@ def test_a_map_has_the_proportions_of_the_picture(folder: Path) -> None:
 
 
 def test_learned_queries_have_no_map(tmp_path: Path) -> None:
-    loaded = with_decoder(save_trunk(tmp_path / "idefics2", "idefics2"))
+    loaded, turns = with_decoder(save_trunk(tmp_path / "qwen")), [Turn("<image>\nWhat is this?", "There is a cup.")]
+    image = picture((60, 30))
+    assert len(attention_before(loaded, image, turns, [0])) == 1
+    families.connector(loaded.model.model).latents = torch.nn.Parameter(torch.zeros(1))  # as Idefics2's are called
     assert not has_attention_maps(loaded)
-    turns = [Turn("<image>\nWhat is this?", "There is a cup.")]
-    assert attention_before(loaded, picture((60, 30)), turns, [0]) == []
+    assert attention_before(loaded, image, turns, [0]) == []
 
 
 @pytest.mark.slow

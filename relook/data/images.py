@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import threading
@@ -360,6 +361,11 @@ def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
         batch[name] = torch.cat([_padded(tensor, sizes) for tensor in tensors])
     return batch
+
+
+def row_count(pixel_values: Tensor) -> int:
+    """Return the number of rows that the pixels of one image are: its tiles, in (1, tiles, 3, H, W) too, or patches."""
+    return math.prod(pixel_values.shape[:-3]) if pixel_values.ndim > 3 else len(pixel_values)
 
 
 def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -38,7 +38,7 @@ from relook.model.families import (
     with_post_decoder,
 )
 from relook.model.lazy_model import LazyModel, open_folder
-from relook.model.load import HeadModel, LoadedModel, placeholder_counter
+from relook.model.load import HeadModel, LoadedModel, count_positions
 from relook.model.trainable import add_trainable_modules
 from relook.recipe import Recipe, build_recipe, parse_overrides, read_yaml_or_shipped
 from relook.train.cache_store import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, CachePlan, fits_half_of_memory
@@ -85,14 +85,18 @@ class DataLengths:
         total: number of examples of the run.
         source: where the lengths come from, in words.
         size: returns an image's height and width, as the model's image processor gets it.
-        positions: counts the positions that an image of a size takes, in families whose processor does.
+        positions: number of positions that an image takes, or a function of its size.
     """
 
     examples: Sequence[Example]
     total: int
     source: str
     size: Callable[[ImageSource], tuple[int, int]]
-    positions: Callable[[tuple[int, int]], int] | None = None
+    positions: int | Callable[[tuple[int, int]], int]
+
+    def position_count(self, size: tuple[int, int]) -> int:
+        """Return the number of positions that an image of this size takes."""
+        return self.positions if isinstance(self.positions, int) else self.positions(size)
 
 
 @dataclass(frozen=True)
@@ -238,9 +242,7 @@ def read_lengths(
     recipe: Recipe, source: LazyModel, model: Any, assumed: AssumedData, missing: Sequence[str] = ()
 ) -> DataLengths:
     """Build the trees of the recipe's data, at most MAX_SAMPLES of them, or assumed ones if it cannot be read."""
-    count, counter = family_of(model.config).positions, None
-    if count is None:  # without the processor there is no number of positions to assume either
-        counter = placeholder_counter(model.config, source.processor())
+    positions = count_positions(model, source.processor)
     try:
         if unnamed := [key for key in missing if key != "output_dir"]:
             raise DataError(f"The recipe names no {' and no '.join(unnamed)}.")
@@ -258,10 +260,9 @@ def read_lengths(
         total = round(len(samples) * len(examples) / len(drawn))
         # If all images take the same number of positions, their files need not be opened.
         size = (lambda image: ASSUMED_SIZE) if isinstance(loaded.image_positions, int) else loaded.images.size
-        return DataLengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size, counter)
+        return DataLengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size, positions)
     except (RelookError, OSError) as error:
         reason = str(error)
-    positions: Any = counter if count is None else count(model)
     image = positions if isinstance(positions, int) else positions(ASSUMED_SIZE)
     answer = TokenRow((1,) * assumed.response_tokens, (True,) * assumed.response_tokens)
     tree = Tree(
@@ -274,7 +275,7 @@ def read_lengths(
         f"assumed: {image} positions of an image, {assumed.prompt_tokens} of a prompt, {assumed.response_tokens} of an "
         f"answer. {reason}"
     )
-    return DataLengths(examples, assumed.samples, source_note, lambda image: ASSUMED_SIZE, counter)
+    return DataLengths(examples, assumed.samples, source_note, lambda image: ASSUMED_SIZE, positions)
 
 
 def step_examples(recipe: Recipe, examples: Sequence[Example]) -> list[Example]:
@@ -319,26 +320,13 @@ def count_batch(recipe: Recipe, policy: Policy, lengths: DataLengths, examples: 
 def count_features(policy: Policy, lengths: DataLengths, example: Example) -> int:
     """Count the rows of vision features of an example, over its images."""
     sizes = [lengths.size(image) for image in example.images]
-    return sum(vision_feature_count(policy.config, size, position_count(policy, lengths, size)) for size in sizes)
+    return sum(vision_feature_count(policy.config, size, lengths.position_count(size)) for size in sizes)
 
 
 def count_tower_states(policy: Policy, lengths: DataLengths, example: Example) -> int:
     """Count the rows that the vision tower gives of an example, over its images."""
     sizes = [lengths.size(image) for image in example.images]
-    return sum(tower_state_count(policy.config, size, position_count(policy, lengths, size)) for size in sizes)
-
-
-def position_count(policy: Policy, lengths: DataLengths, size: tuple[int, int]) -> int:
-    """Return the number of positions that an image of this size takes."""
-    positions = lengths.positions or _image_positions(policy)
-    return positions if isinstance(positions, int) else positions(size)
-
-
-@functools.lru_cache(maxsize=1)  # it remembers the sizes
-def _image_positions(policy: Policy) -> int | Callable[[tuple[int, int]], int]:
-    count = family_of(policy.config).positions
-    assert count is not None  # of others, `DataLengths` has the count
-    return count(policy.core)
+    return sum(tower_state_count(policy.config, size, lengths.position_count(size)) for size in sizes)
 
 
 def largest_batch(examples: Sequence[Example], size: int) -> list[Example]:
@@ -472,7 +460,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 
 def build_cache_plan(policy: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """Plan the cache of the known examples; return the plan, and the factor from them to all examples."""
-    images: Any = SimpleNamespace(size=lengths.size, position_count=functools.partial(position_count, policy, lengths))
+    images: Any = SimpleNamespace(size=lengths.size, position_count=lengths.position_count)
     plan = CachePlan.of(policy, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 

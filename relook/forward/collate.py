@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relook.data.encode import Example, differing_tokens
-from relook.data.images import GRID, ImageLoader, ImageSource, RandomCrop, prefetch_map, stack
+from relook.data.images import GRID, ImageLoader, ImageSource, RandomCrop, prefetch_map, row_count, stack
 from relook.data.packing import (
     PADDING,
     Tree,
@@ -168,7 +168,7 @@ class Collator:
         # Else the tower runs on a black picture; no position holds its placeholder.
         inputs = self.images.batch([Image.new("RGB", (32, 32))])
         pixels = inputs.pop("pixel_values")
-        return replace(batch, pixel_values=pixels, image_inputs=inputs, image_rows=[len(pixels)])
+        return replace(batch, pixel_values=pixels, image_inputs=inputs, image_rows=[row_count(pixels)])
 
     def live_batch(self, items: Sequence[Item], row_length: int = 0) -> LiveBatch:
         """Build a batch of packed trees with pixels or kept vision features; see `build_live_batch`."""
@@ -258,7 +258,7 @@ def build_live_batch(
     # Kept features are used for all pictures of a batch or for none.
     live = len(available) < len(pictures)
     processed = [images.inputs(picture) for picture in pictures] if live else [image.inputs for image in available]
-    inputs, image_rows = stack(processed), [len(image["pixel_values"]) for image in processed] if live else None
+    inputs, image_rows = stack(processed), [row_count(image["pixel_values"]) for image in processed] if live else None
     counts = [len(shown) for _, shown in items]
     numbers = tree_positions(policy.config, trees, counts, inputs.get("image_grid_thw"))
     both_ways = policy.config.image_token_id if sees_ahead(policy.config) else None

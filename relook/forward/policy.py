@@ -113,7 +113,7 @@ class LiveBatch:
     # Of each image, where the tower is not run (see `KeptImage`): its states (M, V), and what image positions get.
     tower: list[Tensor] | None = None
     projected: list[Tensor] | None = None
-    image_rows: list[int] | None = None  # rows of pixel_values of each image: 1, its tiles or its patches
+    image_rows: list[int] | None = None  # rows of pixels of each image: 1, its tiles or its patches
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
         return to_device(self, device)

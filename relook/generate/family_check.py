@@ -22,6 +22,7 @@ from relook.forward.policy import Policy
 from relook.generate.model_runner import ModelRunner
 from relook.generate.scheduler import Scheduler, feature_bytes
 from relook.generate.text import Text
+from relook.model.trainable import PACKS, keep_unpacked
 
 if TYPE_CHECKING:
     from relook.model.load import LoadedModel
@@ -40,6 +41,7 @@ def check_family(loaded: LoadedModel) -> None:
     """
     kind = loaded.core.config.model_type
     advice = "docs/trunks.md says what a family needs; the tested ones are listed there."
+    packing = keep_unpacked(loaded.core)  # the check runs without gradients, and the model may be about to train
     try:
         difference = max(_difference(loaded, _noise(size)) for size in SIZES)
         same_answer = _answers_alike(loaded, _noise(SIZES[0]))
@@ -47,6 +49,9 @@ def check_family(loaded: LoadedModel) -> None:
     except Exception as error:  # of an unknown class: anything may be missing anywhere
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise CheckpointError(f"{loaded.path} is a {kind}, which relook cannot read: {reason}", advice) from error
+    finally:
+        for layer in packing:
+            setattr(layer, PACKS, True)
     if not difference <= TOLERANCE.get(loaded.core.dtype, 0.25):
         raise CheckpointError(
             f"{loaded.path} is a {kind}, of which relook would compute something else: log-probs of packed answers "
@@ -69,7 +74,7 @@ def _prompts_alike(loaded: LoadedModel, picture: Image.Image) -> bool:
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": content}]
     text = loaded.processor.apply_chat_template(messages, add_generation_prompt=True)
-    theirs = torch.as_tensor(loaded.processor(images=[picture], text=[text])["input_ids"])
+    theirs = loaded.processor(images=[picture], text=[text], return_tensors="pt")["input_ids"]
     return bool(torch.equal(loaded.encode([picture], "What is it?")["input_ids"].cpu(), theirs))
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from relook.console import status
-from relook.data.images import stack
+from relook.data.images import row_count, stack
 from relook.generate.attention import (
     ATTENTION_NAME,
     KVPool,
@@ -190,7 +190,7 @@ class ModelRunner:
             for name, tensor in stack(on_device).items()
         }
         outputs = self.core.model.get_image_features(**batch, return_dict=True)
-        image_rows = [len(image["pixel_values"]) for image in inputs]
+        image_rows = [row_count(image["pixel_values"]) for image in inputs]
         features = getattr(outputs, "vision_features", None)
         read = image_features(features, image_rows) if features else [None] * len(inputs)
         rows = position_rows(outputs, image_rows)

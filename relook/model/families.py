@@ -227,7 +227,7 @@ def image_features(rows: Iterable[Tensor], image_rows: Sequence[int] | None) -> 
     """Return features by image, (positions, D) each, of features that may come by tile.
 
     Args:
-        image_rows: rows of pixel_values of each image; None leaves the features as they are.
+        image_rows: rows of pixels of each image (`row_count`); None leaves the features as they are.
     """
     rows = list(rows)
     if image_rows is None or len(rows) == len(image_rows):

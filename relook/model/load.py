@@ -179,9 +179,16 @@ class PlaceholderCounter:
         return tuple(len(run) // len(self.token) if i % 2 else run for i, run in enumerate(runs))
 
 
-def placeholder_counter(config: Any, processor: Any) -> PlaceholderCounter:
-    """Return the counter of a model's processor."""
-    return PlaceholderCounter(processor, processor.tokenizer.convert_ids_to_tokens(config.image_token_id))
+def count_positions(model: Any, processor: Callable[[], Any]) -> int | Callable[[tuple[int, int]], int]:
+    """Return the number of positions that an image takes, or a function of its height and width.
+
+    Args:
+        processor: loads the model's processor, which counts where the model's config does not.
+    """
+    if (count := family_of(model.config).positions) is not None:
+        return count(model)
+    loaded = processor()
+    return PlaceholderCounter(loaded, loaded.tokenizer.convert_ids_to_tokens(model.config.image_token_id))
 
 
 @dataclass
@@ -210,9 +217,8 @@ class LoadedModel:
         if family_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
             # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
-        count = family_of(self.core.config).positions
-        counter = placeholder_counter(self.core.config, self.processor)
-        self.images = ImageLoader(image_processor, self.aspect_ratio, counter if count is None else count(self.core))
+        positions = count_positions(self.core, lambda: self.processor)
+        self.images = ImageLoader(image_processor, self.aspect_ratio, positions)
         # A processor may return more than the model takes, such as numbers of tiles.
         self.images.input_names = inspect.signature(self.core.forward).parameters.keys()
         batch_segments(self.core.model)

@@ -54,7 +54,7 @@ def add_trainable_modules(model: Any, recipe: Recipe, images: ImageLoader | None
     # Freeze everything, then let each part of the recipe train.
     model.requires_grad_(False)
     if recipe.bits == 4:
-        _keep_unpacked(model)
+        keep_unpacked(model)
     core = model  # peft's wrapper hides the parts below
     unused = unused_in_tower(core, images) if recipe.trains_vision_tower and images is not None else []
     if recipe.lora_enable:
@@ -109,15 +109,16 @@ def unused_in_tower(model: Any, images: ImageLoader) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if id(parameter) not in leaves]
 
 
-def _keep_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing its weights for inference.
+def keep_unpacked(model: nn.Module) -> list[nn.Module]:
+    """Keep bitsandbytes from packing a model's weights for inference; return the layers that it would have packed.
 
-    On a CPU with bf16 instructions it packs them in the first pass without gradients, which is the reference pass.
+    On a CPU with bf16 instructions it packs them in the first pass without gradients, such as the reference pass.
     Packed weights pass no gradient, and no error is raised.
     """
-    for module in model.modules():
-        if hasattr(module, PACKS):
-            setattr(module, PACKS, False)
+    layers = [module for module in model.modules() if getattr(module, PACKS, False)]
+    for layer in layers:
+        setattr(layer, PACKS, False)
+    return layers
 
 
 def _check_post_decoder(config: Any, recipe: Recipe) -> None:

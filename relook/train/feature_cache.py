@@ -32,7 +32,7 @@ from torch import Tensor
 from relook import distributed
 from relook.console import progress, readable_size, status
 from relook.data.encode import Example
-from relook.data.images import ImageLoader, prefetch_map, stack
+from relook.data.images import ImageLoader, prefetch_map, row_count, stack
 from relook.data.packing import TreeTargets, copy_to_cpu
 from relook.errors import DataError, RecipeError, RelookError
 from relook.files import file_hash, read_json, require_disk_space, text_hash, write_json
@@ -554,7 +554,7 @@ def cache_vision_features(
     with progress("vision features") as report:
         read = prefetch_map(lambda batch: [images.inputs(path) for path in batch], batches)
         for batch, of_images in zip(batches, read, strict=True):
-            image_rows = [len(inputs["pixel_values"]) for inputs in of_images]
+            image_rows = [row_count(inputs["pixel_values"]) for inputs in of_images]
             inputs = {name: tensor.to(policy.device) for name, tensor in stack(of_images).items()}
             pixels = inputs.pop("pixel_values")
             image = policy.encode_images(pixels, inputs)

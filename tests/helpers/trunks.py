@@ -292,7 +292,7 @@ KINDS = {
         ids={"image_token_id": "<image>"},
         text={"model_type": "llama"},
         vision=TILE | {"model_type": "clip_vision_model"},
-        config={"vision_feature_layer": [-2, -3, 1], "image_seq_length": 16},
+        config={"vision_feature_layers": [-2, -3, 1], "image_seq_length": 16},
         processor={
             "processor_class": "LlavaProcessor",
             "patch_size": PATCH,
