@@ -99,6 +99,7 @@ def main() -> None:
     tokens.add_argument("--new-tokens", type=int, default=128)
     tokens.add_argument("--rounds", type=int, default=2, help="requests of each client")
     tokens.add_argument("--bits", type=int, default=16, help="8 or 4: quantised by bitsandbytes")
+    tokens.add_argument("--lora", type=int, default=0, help="rank of an adapter that is not merged")
     tokens.add_argument("--post-decoder", type=int, default=1, help="blocks; 0 for none")
     tokens.add_argument("--attention", choices=("cross", "self_cross", "none"), default="cross", help="of its blocks")
     tokens.add_argument("--next", action="store_true", help="a LLaVA-NeXT, whose images take several tiles")
@@ -248,7 +249,7 @@ def measure_http(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"device": device_name(), "clients": count, "new_tokens": new, "rounds": options.rounds}
     with tempfile.TemporaryDirectory() as folder:
         pictures = 1 + 2 * count * options.rounds + options.late + count
-        warm, *rows = write_questions(Path(folder), loaded.processor, pictures, each=1, tokens=25)
+        warm, *rows = write_questions(Path(folder), loaded.processor, pictures, 1, 25)
         own, rows = rows[: count * options.rounds], rows[count * options.rounds :]
         bodies = [request_bytes(path.read_bytes(), text, new) for path, text in rows]
         with warm_engine(loaded, EngineLimits(slots=count, waiting=len(own), cache_gb=64), warm) as (engine, _):
@@ -374,14 +375,16 @@ def stream_late(port: int, others: Sequence[bytes], late: Sequence[bytes]) -> li
 
 def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
     shape = (TINY_NEXT if options.tiny else LLAVA_NEXT_7B) if options.next else TINY if options.tiny else LLAVA_7B
-    loaded = endless_model(shape, options.post_decoder, bits=options.bits, attention=options.attention)
+    loaded = endless_model(
+        shape, options.post_decoder, bits=options.bits, attention=options.attention, lora=options.lora
+    )
     result: dict[str, Any] = {"device": device_name(), "bits": options.bits, "new_tokens": options.new_tokens}
     result |= {"rounds": options.rounds, "loaded_gib": round(torch.cuda.memory_allocated() / 2**30, 1) if GPU else 0}
     result |= {"bytes_per_s": bandwidth(), "rows": {str(count): {} for count in options.at_once}}
     with tempfile.TemporaryDirectory() as folder:
         # Pictures of their own for each number of rows: what was asked before would be in memory.
         sizes = [count * options.rounds for count in options.at_once]
-        warm, *rows = write_questions(Path(folder), loaded.processor, 1 + sum(sizes), each=1, tokens=25)
+        warm, *rows = write_questions(Path(folder), loaded.processor, 1 + sum(sizes), 1, 25)
         ends = zip(options.at_once, sizes, accumulate(sizes), strict=True)
         parts = {count: rows[end - size : end] for count, size, end in ends}
         # One engine for all numbers of rows: it compiles once.

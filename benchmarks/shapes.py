@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -248,12 +249,14 @@ def endless_model(
     dtype: torch.dtype = DTYPE,
     bits: int = 16,
     attention: str = "cross",
+    lora: int = 0,
 ) -> LoadedModel:
     """A random model whose answers no token ends, so that each has as many tokens as were asked for.
 
     Args:
         post_decoder: its blocks, of such `attention`; 0 for none.
         bits: below 16, its language model's linears are quantised: it is written and loaded as a user's is.
+        lora: rank of an adapter on its language model that is not merged; 0 for none.
     """
     model: Any
     model, processor = random_model(shape, answers=False, dtype=dtype)
@@ -267,7 +270,10 @@ def endless_model(
             processor.save_pretrained(folder)
             del model, loaded.model
             loaded = load_model(folder, dtype=dtype, bits=bits, device=DEVICE)
-    loaded.model.generation_config.eos_token_id = None
+    if lora:
+        config = LoraConfig(r=lora, target_modules=r".*language_model.*_proj")
+        loaded.model = get_peft_model(loaded.model, config, autocast_adapter_dtype=False).eval()
+    loaded.core.generation_config.eos_token_id = None
     return loaded
 
 

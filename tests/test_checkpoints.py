@@ -377,8 +377,11 @@ def test_an_adapter_for_another_size_and_an_adapter_alone(tiny: Path) -> None:
         load_model(base, base)
 
 
-def test_quantised_models_stay_near(tmp_path: Path) -> None:
-    """Toyworld's shapes on a CPU: eight bits stay closer than four, and the image side is not quantised."""
+def test_quantised_models_stay_near(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Toyworld's shapes on a CPU: eight bits stay closer than four, and the image side is not quantised.
+
+    No product of theirs logs anything: a server would write a line for each.
+    """
     base = save_tied(tmp_path / "base")
     ids = torch.tensor([[1, 5, 6, 7, 8, 9]])
     with torch.no_grad():
@@ -388,6 +391,7 @@ def test_quantised_models_stay_near(tmp_path: Path) -> None:
     assert 0 < errors[0] < errors[1] < exact.abs().mean()
     assert type(four.model.language_model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert type(four.model.vision_tower.encoder.layers[0].mlp.fc1) is torch.nn.Linear
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
 
 
 def test_quantisation_without_bitsandbytes_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,6 +310,20 @@ def test_prompts_are_read_in_chunks_that_end_none(attention: str, pictures: list
     assert sum(a == b for a, b in zip(whole, chunked, strict=True)) >= 0.8 * len(prompts)
 
 
+def test_a_replayed_tower_gives_the_same_features(pictures: list[tuple[Path, Scene]]) -> None:
+    """As many images as a graph is recorded for, fewer and more; each number twice, over other pictures."""
+    loaded = as_loaded(tiny_relook())
+    loaded.model.to("cuda")
+    replayed, plain = (ModelRunner(loaded, 100, compiled=compiled) for compiled in (True, False))
+    inputs = [loaded.images.inputs(path) for path, _ in pictures]
+    for count in (1, 3, 8, 9):
+        for images in (inputs[:count], inputs[-count:]):
+            for found, expected in zip(replayed.encode_images(images), plain.encode_images(images), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert sorted(count for count, _ in replayed._tower_graphs) == [1, 4, 8]
+    assert not plain._tower_graphs
+
+
 def test_a_step_launches_one_graph(pictures: list[tuple[Path, Scene]]) -> None:
     loaded = load_model(shipped_base(), dtype="bfloat16", device="cuda")
     loaded.core.generation_config.eos_token_id = None

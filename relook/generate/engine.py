@@ -24,6 +24,7 @@ from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 
 from relook.console import progress, status
 from relook.data.encode import Placeholders
@@ -31,7 +32,7 @@ from relook.data.images import RecentCache, image_from_bytes
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, RelookError
 from relook.generate.kv_extents import MIN_SHARED
-from relook.generate.model_runner import ModelRunner, position_bytes
+from relook.generate.model_runner import TOWER_IMAGES, ModelRunner, position_bytes
 from relook.generate.passes import BUCKETS
 from relook.generate.request import (
     ActiveRequest,
@@ -53,6 +54,7 @@ Result = TypeVar("Result")
 MAX_CHARACTERS = 64  # of a conversation for each position; a longer one is not even tokenised
 DECODERS = 2  # images decoded at a time, which take hundreds of megabytes at worst
 IMAGE_BYTES = 1 << 28  # processed images that are cached
+WARM_PICTURE = (64, 64)
 WARM_TOKENS = 4  # of each made-up answer
 
 
@@ -101,6 +103,10 @@ class Engine:
         first, second = [id for id in range(3) if id != self.batch.image_token][:2]
 
         def answer_all() -> None:
+            runner = self.batch.runner
+            picture = self.loaded.images.inputs(Image.new("RGB", WARM_PICTURE))
+            for count in TOWER_IMAGES if runner.compiled else ():
+                runner.encode_images([picture] * count)
             # Graphs are captured for numbers of rows in buckets; what lies between is padded to the next.
             buckets = [bucket for bucket in BUCKETS if bucket <= self.limits.slots]
             for rows in buckets:

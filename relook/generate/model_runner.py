@@ -14,9 +14,9 @@ import inspect
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,8 +44,12 @@ from relook.model.post_decoder import PostDecoder
 
 LAYER_VARIANTS = 64  # that dynamo may compile of layers' code: two for each kind of layer of each model
 CELLS_MULTIPLE = 8192  # of a pool that a GPU keeps for the next questions
+TOWER_IMAGES = (1, 2, 4, 8)  # of a graph of the vision tower; launching more takes the host no longer than the device
 POOL_SHARE = 0.7  # of a GPU's free memory; the rest is for the vision tower and for the states of a pass
 PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # Llama's layers, and those like them
+
+Result = TypeVar("Result")
+Encoded = tuple[Sequence[Tensor], Sequence[Tensor | None]]  # projected features by image, and what is read of it
 
 
 def run_layer(layer: Any, hidden: Tensor, angles: Any) -> Tensor:
@@ -140,6 +144,8 @@ class ModelRunner:
         self.layers = _with_pool_attention(self.language_model.layers)
         self._compiling: float | None = None  # when the first compilation began
         self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
+        self._tower_graphs: dict[Any, tuple[Tensor, Encoded, torch.cuda.CUDAGraph]] = {}
+        self._records_tower = True
         self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
 
     @staticmethod
@@ -182,23 +188,58 @@ class ModelRunner:
         Args:
             inputs: what the image processor made of each image (`ImageLoader.inputs`).
         """
-        dtype = self.core.dtype
         # Copied one by one and stacked on the device: on the host that would take longer than the vision tower does.
-        on_device = [{name: copy_to_device(tensor, self.device) for name, tensor in image.items()} for image in inputs]
-        batch = {
-            name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in stack(on_device).items()
-        }
-        outputs = self.core.model.get_image_features(**batch, return_dict=True)
+        batch = stack([{name: copy_to_device(value, self.device) for name, value in image.items()} for image in inputs])
         image_rows = [row_count(image["pixel_values"]) for image in inputs]
-        features = getattr(outputs, "vision_features", None)
-        read = image_features(features, image_rows) if features else [None] * len(inputs)
-        rows = position_rows(outputs, image_rows)
+        projected, read = self._replay_tower(batch, image_rows) or self._encode(batch, image_rows)
         # Copies: a view would keep the features of the whole batch in memory.
         return [
-            (projected.to(dtype).clone(), None if features is None else features.clone())
-            for projected, features in zip(rows, read, strict=True)
+            (rows.clone(), None if features is None else features.clone())
+            for rows, features in zip(projected[: len(inputs)], read[: len(inputs)], strict=True)
         ]
+
+    def _encode(self, batch: dict[str, Tensor], image_rows: Sequence[int]) -> Encoded:
+        """Run the vision tower over a batch of images that have so many rows of pixel_values each."""
+        dtype = self.core.dtype
+        batch = {
+            name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in batch.items()
+        }
+        outputs = self.core.model.get_image_features(**batch, return_dict=True)
+        features = getattr(outputs, "vision_features", None)
+        read = image_features(features, image_rows) if features else [None] * len(image_rows)
+        return [rows.to(dtype) for rows in position_rows(outputs, image_rows)], read
+
+    def _replay_tower(self, batch: dict[str, Tensor], image_rows: Sequence[int]) -> Encoded | None:
+        """Run the vision tower over a few images as one CUDA graph, padded to the next number of `TOWER_IMAGES`.
+
+        Launched one by one, its kernels take the host several times as long as the device, and prompts wait for that.
+        None where it does not serve: for many images, which keep a device busy, and for models whose images are no
+        single row of pixels each.
+        """
+        count = next((number for number in TOWER_IMAGES if number >= len(image_rows)), 0)
+        if (
+            not (self.compiled and self._records_tower and count)
+            or batch.keys() != {"pixel_values"}
+            or any(n > 1 for n in image_rows)
+        ):
+            return None
+        pixels = batch["pixel_values"]
+        key = count, pixels.shape[1:]
+        if key not in self._tower_graphs:
+            static = pixels.new_zeros(count, *pixels.shape[1:])
+            try:
+                graph, encoded = self._record(lambda: self._encode({"pixel_values": static}, [1] * count))
+            except Exception as error:
+                self._records_tower = False
+                status(
+                    f"The vision tower cannot be recorded ({_reason(error)}); it runs without, slower.", style="yellow"
+                )
+                return None
+            self._tower_graphs[key] = static, encoded, graph
+        static, encoded, graph = self._tower_graphs[key]
+        static[: len(pixels)].copy_(pixels)
+        graph.replay()
+        return encoded
 
     def staged(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return an image's inputs in pinned memory where the model is on a GPU, from which copies do not block."""
@@ -331,8 +372,10 @@ class ModelRunner:
         """Go on without compiled layers and graphs, and say so, once: nothing is tried again."""
         self.compiled, self._graphs = False, {}
         self._run_layer = run_layer
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        status(f"This model cannot be compiled ({reason}); it answers without, several times slower.", style="yellow")
+        status(
+            f"This model cannot be compiled ({_reason(error)}); it answers without, several times slower.",
+            style="yellow",
+        )
 
     def _trunk(
         self,
@@ -408,19 +451,24 @@ class ModelRunner:
         state.moves.zero_()
         state.counters[1].fill_(self.pool.cells)
         try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._step(state)  # compiles, and lets libraries take their workspaces
-            torch.cuda.current_stream().wait_stream(side)
-            # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-                self._step(state)
+            graph, _ = self._record(lambda: self._step(state))
         finally:
             state.tokens.copy_(before[0])
             state.ints.copy_(before[1])
         return graph
+
+    def _record(self, work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """Record what some work launches; return the graph, and the work's result, whose tensors each replay fills."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()  # compiles, and lets libraries take their workspaces
+        torch.cuda.current_stream().wait_stream(side)
+        # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+            result = work()
+        return graph, result
 
 
 def _graph_key(state: StepState) -> tuple[Any, ...]:
@@ -433,3 +481,8 @@ def _graph_key(state: StepState) -> tuple[Any, ...]:
     counts = tuple(len(part) if isinstance(part, list) else 0 for part in (state.reads, state.image))
     top = None if state.logprobs is None else state.logprobs[1].shape[1]
     return state.rows, counts, parts, top, None if state.sampling is None else state.sampling.key
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import importlib.util
 import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -517,6 +518,8 @@ def _quantisation(bits: int, dtype: torch.dtype, device: str, double_quant: bool
         raise CheckpointError(f"quant_type is {quant_type!r}.", "Use nf4 or fp4.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise CheckpointError(f"bits {bits} needs bitsandbytes.", "Run: pip install 'relook[quant]'")
+    # bitsandbytes warns in every product that bfloat16 is cast.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # The settings of 4 bits have no effect with 8.
     config = BitsAndBytesConfig(
         load_in_8bit=bits == 8,
