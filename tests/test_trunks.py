@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.tiny import dpo_keys, scramble, sft_keys, write_world
 from helpers.trunks import KINDS, byte_tokenizer, row_log_probs, save_trunk, tiny_config
 from helpers.variants import variants
+from packaging.version import Version
 from PIL import Image
 from test_packing import flex_attention_by_sdpa
 from torch import Tensor
@@ -181,8 +183,12 @@ def test_families_whose_trees_would_differ_are_refused_by_name(kind: str, reason
         load_model(save_trunk(tmp_path / kind, kind))
 
 
+# Idefics2 gives the features of all images in one piece before that, and is refused.
+GROUPED = ["idefics2"] if Version(transformers.__version__) >= Version("5.23") else []
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["idefics2", "deepseek_vl"])
+@pytest.mark.parametrize("kind", [*GROUPED, "deepseek_vl"])
 def test_a_processor_that_changes_texts_beside_images_is_noted(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,7 +356,8 @@ def test_a_batch_says_what_its_rows_say_alone(folder: Path, how: dict[str, Any])
     token = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": -1, **how}
     token["suppress_tokens"] = [loaded.core.config.image_token_id]
     answers = loaded.core.generate(**batch, **token)[:, longest:].tolist()
-    assert answers != load_model(folder).core.generate(**batch, **token)[:, longest:].tolist()
+    untrained = with_decoder(folder, False, depth=2)  # transformers' own EXAONE cannot expand beams in 5.17
+    assert answers != untrained.core.generate(**batch, **token)[:, longest:].tolist()
     for row, answer in zip(rows, answers, strict=True):
         assert loaded.core.generate(**row, **token)[0, row["input_ids"].shape[1] :].tolist() == answer
 

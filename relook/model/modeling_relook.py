@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from functools import cache, wraps
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -108,19 +109,11 @@ def images_per_row(lengths: list[int], placeholder_counts: list[int]) -> list[in
     Raises:
         ValueError: the placeholders do not match the positions of the images.
     """
-    counts, index = [], 0
-    for positions in placeholder_counts:
-        start = index
-        # Consume images until this row's placeholders are used up; they must come out even.
-        while positions > 0 and index < len(lengths):
-            positions -= lengths[index]
-            index += 1
-        if positions:
-            raise ValueError("the image placeholders of a row are not as many as its images have positions")
-        counts.append(index - start)
-    if index != len(lengths):
-        raise ValueError(f"{len(lengths)} images, but the rows have placeholders for {index}")
-    return counts
+    # Positions up to each image, and placeholders up to each row: a row begins where an image does.
+    images, rows = [0, *accumulate(lengths)], [0, *accumulate(placeholder_counts)]
+    if not set(rows) <= set(images) or rows[-1] != images[-1]:
+        raise ValueError(f"images of {lengths} positions do not fit rows with {placeholder_counts} placeholders")
+    return [images.index(end) - images.index(start) for start, end in pairwise(rows)]
 
 
 def for_each_beam(image: Any, placeholder_counts: list[int]) -> None:
