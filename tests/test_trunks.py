@@ -196,6 +196,13 @@ def test_a_processor_that_changes_texts_beside_images_is_noted(
     assert ("changes texts beside images" in capsys.readouterr().err) == (kind == "idefics2")
 
 
+def test_a_processor_that_lacks_a_package_is_not_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_trunk(tmp_path / "smolvlm", "smolvlm")
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    with pytest.raises(CheckpointError, match=r"num2words.* Install what is missing"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("kind", ["smolvlm", "gemma3"])
 def test_an_image_is_written_as_the_processor_writes_it(kind: str, tmp_path: Path) -> None:
     """Texts between the tiles of an image, and line breaks that are tokens with what is around them."""

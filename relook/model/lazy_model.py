@@ -190,9 +190,9 @@ class LazyModel:
                 return processor
             images = LlavaImageProcessorPil.from_pretrained(self.tower, local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exception, and transformers any kind
-            raise CheckpointError(
-                f"The processor of {self.path} cannot be loaded: {error}.", "Copy it again."
-            ) from None
+            lacks_package = isinstance(error, ImportError) or "Missing optional dependencies" in str(error)
+            fix = "Install what is missing." if lacks_package else "Copy it again."
+            raise CheckpointError(f"The processor of {self.path} cannot be loaded: {error}.", fix) from None
         tokenizer = image_tokenizer(self.path, self.config.text_config.vocab_size)
         return LlavaProcessor(
             image_processor=images,
