@@ -25,6 +25,28 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+# The system's words, which libraries repeat where they raise errors of their own; torch.save's lack them.
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "unexpected pos")
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Return True if an error of the system or of a library means that a disk is full."""
+    return any(words in str(error) for words in FULL_DISK)
+
+
+@contextmanager
+def reports_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk's error, raised while `path` is written, into one that names the path."""
+    try:
+        yield
+    except Exception as error:  # libraries in Rust and C++ have types of their own
+        if not is_full_disk(error):
+            raise
+        raise RelookError(
+            f"{path} cannot be written: the disk is full.", "Make room there, then run the same command again."
+        ) from error
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`: renamed to `path` on success, removed on any failure."""
@@ -34,7 +56,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     # In the same folder, since a rename is atomic within one file system only; one name per process.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
+        with reports_full_disk(path):
+            yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,7 +78,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     replaced = path.with_name(f".{path.name}.old.{os.getpid()}.part")
     temporary.mkdir()
     try:
-        yield temporary
+        with reports_full_disk(path):
+            yield temporary
         if path.exists():  # a rename onto a folder that is not empty fails
             path.replace(replaced)
         temporary.replace(path)
@@ -120,12 +144,16 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that runs a function under `sole_writer`; `folder_of` maps its arguments to the folder."""
+    """Return a decorator that runs a function under `sole_writer`; `folder_of` maps its arguments to the folder.
+
+    A full disk becomes an error that names the folder, or a file that was being written.
+    """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def alone(*args: P.args, **kwargs: P.kwargs) -> T:
-            with sole_writer(folder_of(*args, **kwargs)):
+            folder = folder_of(*args, **kwargs)
+            with reports_full_disk(folder), sole_writer(folder):
                 return function(*args, **kwargs)
 
         return alone
