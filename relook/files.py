@@ -18,15 +18,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from relook.console import prints_output, readable_size
+from relook.console import prints_output, readable_size, status
 from relook.errors import DataError, RecipeError, RelookError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-# The system's words, which libraries repeat where they raise errors of their own; torch.save's lack them.
-FULL_DISK = ("No space left on device", "Disk quota exceeded", "unexpected pos")
+# The system's words, which libraries repeat where they raise errors of their own, and what torch.save says instead.
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "unexpected pos", "iostream error")
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -143,10 +143,18 @@ def sole_writer(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that runs a function under `sole_writer`; `folder_of` maps its arguments to the folder.
+def has_json_lines(folder: Path) -> bool:
+    """Return True if there are JSON lines in a folder, as grow there with what takes a job long."""
+    return any(folder.rglob("*.jsonl"))
 
-    A full disk becomes an error that names the folder, or a file that was being written.
+
+def writes_alone(
+    folder_of: Callable[..., Path], resumes: Callable[[Path], bool] = has_json_lines
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator that runs a job under `sole_writer`; `folder_of` maps its arguments to the folder.
+
+    A full disk becomes an error that names the folder, or a file that was being written. Ctrl-C prints what the same
+    command would do: `resumes` returns True if it would go on from what is in the folder.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -154,7 +162,15 @@ def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], C
         def alone(*args: P.args, **kwargs: P.kwargs) -> T:
             folder = folder_of(*args, **kwargs)
             with reports_full_disk(folder), sole_writer(folder):
-                return function(*args, **kwargs)
+                try:
+                    return function(*args, **kwargs)
+                except KeyboardInterrupt:
+                    status(
+                        f"  {folder}: the same command goes on from here"
+                        if resumes(folder)
+                        else f"  {folder} has nothing to go on from: the same command begins anew"
+                    )
+                    raise
 
         return alone
 

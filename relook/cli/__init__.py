@@ -74,5 +74,5 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
-            sys.stderr.write("relook: stopped. Run the same command again to go on from here.\n")
+            sys.stderr.write("relook: stopped.\n")
         raise

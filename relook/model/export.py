@@ -557,7 +557,7 @@ def chat_template(source: LazyModel, processor: Any) -> str:
     image = IM_START + IMAGE + IM_END if marked else IMAGE
     # relook tokenises each stretch of text around images by itself. A tokenizer that puts a space before a text only
     # where no special token comes first needs it written: after BOS, and after an image.
-    ids: list[int] = []
+    closest, closest_ids = -1, list[int]()  # where the ids of the closest template part from the expected ones
     for start, line in itertools.product(("", " "), (f"{image}\n", f"{image} \n")):
         bos = f"{{{{ bos_token }}}}{start}" if expected_ids[0] == tokenizer.bos_token_id else start
         jinja = _jinja(template, line, bos)
@@ -565,18 +565,17 @@ def chat_template(source: LazyModel, processor: Any) -> str:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids == expected_ids:
             return jinja
+        differs = (i for i, (a, b) in enumerate(itertools.zip_longest(expected_ids, ids)) if a != b)
+        if (first := next(differs)) > closest:
+            closest, closest_ids = first, ids
+    expected, written = (
+        " ".join(tokenizer.convert_ids_to_tokens(row[closest : closest + 3])) for row in (expected_ids, closest_ids)
+    )
     raise CheckpointError(
-        f"No chat template gives the tokenizer of {source.path} the prompts of {source.template}: "
-        f"{_first_difference(tokenizer, expected_ids, ids)}.",
+        f"No chat template gives the tokenizer of {source.path} the prompts of {source.template}: from token "
+        f"{closest} on, the closest one gives {written!r} instead of {expected!r}.",
         "Use relook serve.",
     )
-
-
-def _first_difference(tokenizer: Any, expected: list[int], ids: list[int]) -> str:
-    """Say where two rows of ids part, with the tokens from there on."""
-    at = next(i for i, (a, b) in enumerate(itertools.zip_longest(expected, ids)) if a != b)
-    wanted, written = (" ".join(tokenizer.convert_ids_to_tokens(row[at : at + 3])) for row in (expected, ids))
-    return f"at token {at}, {wanted!r} becomes {written!r}"
 
 
 def _jinja(template: Template, image: str, start: str) -> str:

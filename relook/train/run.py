@@ -90,7 +90,7 @@ def recipe_of_command(name: str, keys: Sequence[str]) -> Recipe:
     return recipe
 
 
-@writes_alone(lambda recipe, *_, **__: Path(recipe.output_dir))
+@writes_alone(lambda recipe, *_, **__: Path(recipe.output_dir), lambda out: has_saved_state(out))
 def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | None = None) -> Path:
     """Train as the recipe says and return the output folder.
 
