@@ -349,7 +349,16 @@ def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], conte
         return
     stored = read_json_object(folder / name)
     if changed := [key for key in settings if stored.get(key) != settings[key]]:
-        raise RecipeError(f"{folder} holds {contents} made with another {', '.join(changed)}.", "Choose another --out.")
+        changed = [key for key in changed if key == (name := key.removesuffix("_hash")) or name not in changed]
+        names = ", ".join(_changed(key, stored.get(key), settings[key]) for key in changed)
+        raise RecipeError(f"{folder} holds {contents} made with another {names}.", "Choose another --out.")
+
+
+def _changed(key: str, before: Any, now: Any) -> str:
+    """Name a setting that has changed, with both values where they are short enough to help and are no hashes."""
+    name, values = key.replace("_", " "), [str(value) for value in (before, now)]
+    of_words = not any(isinstance(value, dict | list) for value in (before, now)) and max(map(len, values)) <= 80
+    return f"{name} ({values[0]}, not {values[1]})" if of_words and not key.endswith("hash") else name
 
 
 def file_hash(path: Path) -> str:

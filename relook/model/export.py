@@ -417,7 +417,7 @@ def export_for(source: str | Path, out: str | Path, engine: str, options: WriteO
 def export_lazy(opened: LazyModel, out: Path, engine: str, options: WriteOptions) -> float | None:
     """Write an opened model for a serving engine, as `export_for` does."""
     if reason := unsupported_by(engine, opened.config):
-        raise CheckpointError(f"{opened.path} cannot run in {engine}: {reason}.", "Use relook serve.")
+        raise CheckpointError(f"{opened.adapter or opened.path} cannot run in {engine}: {reason}.", "Use relook serve.")
     difference = write_model(opened, out, WRITERS[engine], options)
     dtype = str(opened.dtype).removeprefix("torch.")
     status(
