@@ -23,8 +23,12 @@ def prints_output() -> bool:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[ProgressReport]:
-    """Show a progress bar for one piece of work; if the output is not a terminal, print one line at the end."""
+def progress(title: str, ready: int = 0) -> Iterator[ProgressReport]:
+    """Show a progress bar for one piece of work; if the output is not a terminal, print one line at the end.
+
+    Args:
+        ready: how many results an earlier run left, besides those that are reported.
+    """
     started = time.monotonic()
     # Without a terminal the bar would fill a log file with escape codes.
     bar = Progress(
@@ -49,7 +53,8 @@ def progress(title: str) -> Iterator[ProgressReport]:
 
         yield report
     if prints_output():
-        console.print(f"  {title}: {count:,} in {time.monotonic() - started:.1f} s")
+        made = [f"{count:,} in {time.monotonic() - started:.1f} s"] if count or not ready else []
+        console.print(f"  {title}: {', '.join([*made, *([f'{ready:,} there already'] if ready else [])])}")
 
 
 def status(text: str, style: str = "") -> None:

@@ -70,6 +70,11 @@ def preview(names: Sequence[object], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 step, 2,000 steps."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def most_similar(name: object, candidates: Iterable[object]) -> str | None:
     """Return the known name that resembles another most, capitals apart; None if none resembles it."""
     names = {str(candidate).lower(): str(candidate) for candidate in candidates}

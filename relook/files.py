@@ -18,11 +18,33 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from relook.console import prints_output, readable_size
+from relook.console import prints_output, readable_size, status
 from relook.errors import DataError, RecipeError, RelookError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+# The system's words, which libraries repeat where they raise errors of their own, and what torch.save says instead.
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "unexpected pos", "iostream error")
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Return True if an error of the system or of a library means that a disk is full."""
+    return any(words in str(error) for words in FULL_DISK)
+
+
+@contextmanager
+def reports_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk's error, raised while `path` is written, into one that names the path."""
+    try:
+        yield
+    except Exception as error:  # libraries in Rust and C++ have types of their own
+        if not is_full_disk(error):
+            raise
+        raise RelookError(
+            f"{path} cannot be written: the disk is full.", "Make room there, then run the same command again."
+        ) from error
 
 
 @contextmanager
@@ -34,7 +56,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     # In the same folder, since a rename is atomic within one file system only; one name per process.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
+        with reports_full_disk(path):
+            yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,7 +78,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     replaced = path.with_name(f".{path.name}.old.{os.getpid()}.part")
     temporary.mkdir()
     try:
-        yield temporary
+        with reports_full_disk(path):
+            yield temporary
         if path.exists():  # a rename onto a folder that is not empty fails
             path.replace(replaced)
         temporary.replace(path)
@@ -119,14 +143,34 @@ def sole_writer(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that runs a function under `sole_writer`; `folder_of` maps its arguments to the folder."""
+def has_json_lines(folder: Path) -> bool:
+    """Return True if there are JSON lines in a folder, as grow there with what takes a job long."""
+    return any(folder.rglob("*.jsonl"))
+
+
+def writes_alone(
+    folder_of: Callable[..., Path], resumes: Callable[[Path], bool] = has_json_lines
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator that runs a job under `sole_writer`; `folder_of` maps its arguments to the folder.
+
+    A full disk becomes an error that names the folder, or a file that was being written. Ctrl-C prints what the same
+    command would do: `resumes` returns True if it would go on from what is in the folder.
+    """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def alone(*args: P.args, **kwargs: P.kwargs) -> T:
-            with sole_writer(folder_of(*args, **kwargs)):
-                return function(*args, **kwargs)
+            folder = folder_of(*args, **kwargs)
+            with reports_full_disk(folder), sole_writer(folder):
+                try:
+                    return function(*args, **kwargs)
+                except KeyboardInterrupt:
+                    status(
+                        f"  {folder}: the same command goes on from here"
+                        if resumes(folder)
+                        else f"  {folder} has nothing to go on from: the same command begins anew"
+                    )
+                    raise
 
         return alone
 
@@ -305,7 +349,16 @@ def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], conte
         return
     stored = read_json_object(folder / name)
     if changed := [key for key in settings if stored.get(key) != settings[key]]:
-        raise RecipeError(f"{folder} holds {contents} made with another {', '.join(changed)}.", "Choose another --out.")
+        changed = [key for key in changed if key == (name := key.removesuffix("_hash")) or name not in changed]
+        names = ", ".join(_changed(key, stored.get(key), settings[key]) for key in changed)
+        raise RecipeError(f"{folder} holds {contents} made with another {names}.", "Choose another --out.")
+
+
+def _changed(key: str, before: Any, now: Any) -> str:
+    """Name a setting that has changed, with both values where they are short enough to help and are no hashes."""
+    name, values = key.replace("_", " "), [str(value) for value in (before, now)]
+    of_words = not any(isinstance(value, dict | list) for value in (before, now)) and max(map(len, values)) <= 80
+    return f"{name} ({values[0]}, not {values[1]})" if of_words and not key.endswith("hash") else name
 
 
 def file_hash(path: Path) -> str:

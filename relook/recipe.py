@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -16,6 +17,8 @@ from relook.data.sentinel import SUFFIXES as SENTINEL_SUFFIXES
 from relook.errors import Faults, RecipeError, did_you_mean, most_similar, preview
 from relook.files import read_text, write_text
 from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_CONFIG_KEYS, UNSUPPORTED, idle_keys, refused, renamed
+
+T = TypeVar("T")
 
 # ----------------------------------------------------------------------------------------------------
 # Keys and values from YAML files, including those that ship with relook, and from the command line.
@@ -139,10 +142,20 @@ def _value(text: str) -> Any:
     return value if explicit or exact_number else text
 
 
+def _require_finite(key: str, value: T) -> T:
+    """Return a value without NaN and inf in it, mappings and lists included; YAML writes them as .nan and .inf."""
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        _require_finite(key, part)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{key} has the value {value}, which no setting can have.", "Give a finite number.")
+    return value
+
+
 def coerce(key: str, value: Any, annotation: Any) -> Any:
     """Check a value against the annotation of its field; YAML reads 2e-6 as a string, so numbers are converted."""
     if isinstance(value, Path):
         value = str(value)
+    _require_finite(key, value)  # of every type, since mappings and lists are returned as they are
     # Annotations are strings in relook's dataclasses and types in transformers'.
     kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     kinds = {part.strip() for part in kind.split("|")}
@@ -163,7 +176,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
                 except (ValueError, OverflowError):
                     continue
                 if name == "float" or float(value) == number:  # 2.5 is not an int
-                    return number
+                    return _require_finite(key, number)
         if "str" in kinds:
             return str(value)
     expected = " or ".join(sorted(kinds - {"None"}))

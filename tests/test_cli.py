@@ -7,15 +7,20 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from helpers.command import Command, Ended
 from helpers.tiny import dpo_keys
 
-from relook.files import write_json, write_jsonl
+from relook.errors import RelookError
+from relook.evaluate.results import AnswerFile
+from relook.files import atomic_file, write_json, write_jsonl, writes_alone
 from relook.toyworld.build import shipped_base
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
@@ -268,7 +273,40 @@ def test_ctrl_c_is_one_line_and_130(relook: Command, recipe: Path, monkeypatch: 
     monkeypatch.setattr("relook.train.run.recipe_of_command", stopped)
     ended = relook("train", recipe)
     assert ended.status == 130
-    assert ended.err.strip() == "relook: stopped. Run the same command again to go on from here."
+    assert ended.err.strip() == "relook: stopped."
+
+
+@pytest.mark.parametrize("has_answers", [True, False])
+def test_ctrl_c_says_whether_the_same_command_goes_on(
+    has_answers: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @writes_alone(lambda out: out)
+    def job(out: Path) -> None:
+        if has_answers:
+            AnswerFile(out / "work" / "answers.jsonl", "key").append([{"key": "1"}])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path / "out")
+    assert ("goes on from here" in capsys.readouterr().err) == has_answers
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_text("{}"), lambda path: torch.save({}, path)])
+def test_a_full_disk_is_told_with_the_path(write: Callable[[Path], Any], tmp_path: Path) -> None:
+    def write_all() -> None:
+        with atomic_file(tmp_path / "out") as temporary:
+            temporary.symlink_to("/dev/full")
+            write(temporary)
+
+    with pytest.raises(RelookError, match=f"{tmp_path / 'out'} cannot be written: the disk is full"):
+        write_all()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_full_disk_under_standard_output_is_no_traceback(relook: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full, suppress(OSError):  # closing writes what is left
+        monkeypatch.setattr(sys, "stdout", full)
+        relook("recipes").mistake("No space left on device. Make room")
 
 
 def test_a_fault_of_relooks_own_keeps_its_traceback(

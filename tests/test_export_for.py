@@ -7,6 +7,7 @@ what the modules hold is asked of transformers.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,11 +18,13 @@ import tomllib
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 import torch
+from helpers.reference import IMAGE_ID, ids_around_images, reference_tokenizer
 from helpers.serving import PICTURES, png, until, with_picture
 from helpers.serving import user as asks
 from helpers.variants import crossed
@@ -29,15 +32,18 @@ from safetensors.torch import load_file, save_file
 from test_convert import decoder_run
 from test_llava_next import next_processor, tiny_next
 from test_serve_processes import healthy
+from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionModel,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
+    LlavaProcessor,
     MistralConfig,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -52,7 +58,7 @@ from relook.files import read_json, write_json
 from relook.model import modeling_relook
 from relook.model.adapters import TENSORS_FILE
 from relook.model.checkpoint import ADAPTER_FILE
-from relook.model.export import WRITERS, WriteOptions, export_for, export_model, unsupported_by
+from relook.model.export import WRITERS, WriteOptions, chat_template, export_for, export_model, unsupported_by
 from relook.model.load import add_post_decoder
 from relook.serve.chat import read_turns
 from relook.serve.protocol import Message
@@ -252,6 +258,42 @@ def test_prompts_are_those_of_relook_serve(
         assert tuple(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) == expected
         ids = processor.tokenizer.apply_chat_template(as_engines_say, add_generation_prompt=True)["input_ids"]
         assert tuple(ids) == expected
+
+
+def llama_prompt(refdata: Path, variant: str, **mark: bool) -> tuple[list[int], list[int]]:
+    """The ids of a v1 conversation: by the chat template for a tokenizer of the reference data, and the original's."""
+    tokenizer = copy.deepcopy(reference_tokenizer(refdata, variant))
+    tokenizer.add_tokens([AddedToken("<image>", special=True, **mark)])
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer)
+    source: Any = SimpleNamespace(template="v1", config=SimpleNamespace(image_token_id=image), path="MODEL")
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a dog?"}]},
+        {"role": "assistant", "content": "No."},
+        {"role": "user", "content": "And a cat?"},
+    ]
+    jinja = chat_template(source, processor)
+    text = processor.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True)
+    original = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nIs there a dog? ASSISTANT: No.</s>"
+        "USER: And a cat? ASSISTANT:"
+    )
+    ids = ids_around_images(reference_tokenizer(refdata, variant), original)
+    return tokenizer(text, add_special_tokens=False)["input_ids"], [image if id == IMAGE_ID else id for id in ids]
+
+
+@pytest.mark.parametrize("legacy", ["legacy_false", "legacy_true"])
+@pytest.mark.parametrize("vocabulary", ["llama_cut_1024", "llama_full_32000"])
+def test_chat_templates_give_llamas_tokenizers_the_originals_ids(vocabulary: str, legacy: str, refdata: Path) -> None:
+    by_template, original = llama_prompt(refdata, f"{vocabulary}/{legacy}")
+    assert by_template == original
+
+
+def test_where_no_chat_template_fits_the_first_difference_is_named(refdata: Path) -> None:
+    # The token swallows the line break behind it.
+    with pytest.raises(RelookError, match=r"from token \d+ on, the closest one gives .* instead of '▁ <0x0A> "):
+        llama_prompt(refdata, "llama_full_32000/legacy_true", rstrip=True)
 
 
 def test_a_token_that_ends_answers_is_in_the_settings_of_generation(plain: Path, tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_pictures_that_are_left_out(tmp_path: Path) -> None:
     (folder / "sub" / "broken.png").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("1.jpg")
     shown = [save(other / "x.jpg", 2), save(other / "y.jpg", 3, size=50, quality=50)]
-    assert reasons(folder, pictures.excluded_names(folder / "notes.txt"), shown) == {
+    assert reasons(folder, excluded_names(folder / "notes.txt"), shown) == {
         "1.jpg": pictures.LISTED,
         "2.jpg": pictures.IN_EVALUATION,
         "3.jpg": pictures.LIKE_EVALUATION,
@@ -329,27 +329,33 @@ def test_hashes_of_scenes_do_not_meet_and_all_that_are_near_are_found() -> None:
         assert not looks.near(near ^ (1 << bits[0]))
 
 
+def excluded_names(path: Path) -> frozenset[str]:
+    return frozenset[str]().union(*pictures.excluded_images(path))
+
+
 THIRD = {"id:3", "000000000003.jpg", "coco:3"}
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "found"),
+    ("name", "text", "images", "found"),
     [
         (
             "q.json",
             '{"image": "COCO_val2014_000000000042.jpg", "text": "?"}\n',
+            1,
             {"COCO_val2014_000000000042.jpg", "coco:42"},
         ),
-        ("a.jsonl", '{"image_id": 7}\n{"image_id": "8"}\n', {"id:7", "id:8"}),
-        ("l.txt", "sub/cat.png\n\n12\n", {"cat.png", "id:12"}),
-        ("i.json", '{"images": [{"id": 3, "file_name": "a/000000000003.jpg"}]}', THIRD),
-        ("d.json", '{"17": {"chosen": []}}', {"id:17"}),
-        ("s.json", '[{"image_id": 5}, 6, "e.jpg"]', {"id:5", "id:6", "e.jpg"}),
+        ("a.jsonl", '{"image_id": 7}\n{"image_id": "8"}\n{"image_id": 7}\n', 2, {"id:7", "id:8"}),
+        ("l.txt", "sub/cat.png\n\n12\n", 2, {"cat.png", "id:12"}),
+        ("i.json", '{"images": [{"id": 3, "file_name": "a/000000000003.jpg"}]}', 1, THIRD),
+        ("d.json", '{"17": {"chosen": []}}', 1, {"id:17"}),
+        ("s.json", '[{"image_id": 5}, 6, "e.jpg"]', 3, {"id:5", "id:6", "e.jpg"}),
     ],
 )
-def test_names_of_evaluation_images(tmp_path: Path, name: str, text: str, found: set[str]) -> None:
+def test_names_of_evaluation_images(tmp_path: Path, name: str, text: str, images: int, found: set[str]) -> None:
     (tmp_path / name).write_text(text)
-    assert pictures.excluded_names(tmp_path / name) == found
+    assert excluded_names(tmp_path / name) == found
+    assert len(pictures.excluded_images(tmp_path / name)) == images
 
 
 def test_a_picture_of_cocos_is_known_under_visual_genomes_name(world: Path, tmp_path: Path) -> None:
@@ -360,8 +366,8 @@ def test_a_picture_of_cocos_is_known_under_visual_genomes_name(world: Path, tmp_
     (tmp_path / "pope.json").write_text('{"image": "COCO_val2014_000000000042.jpg"}')
     (tmp_path / "captions.json").write_text('[{"image_id": 42, "caption": "A cup."}]')
     first = read_pictures(tmp_path / "vg", "vg").pictures[0]
-    assert first.names & pictures.excluded_names(tmp_path / "pope.json") == {"coco:42"}
-    assert first.names & pictures.excluded_names(tmp_path / "captions.json") == {"id:42"}
+    assert first.names & excluded_names(tmp_path / "pope.json") == {"coco:42"}
+    assert first.names & excluded_names(tmp_path / "captions.json") == {"id:42"}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from relook import __version__
 from relook.cli import data, evaluate, models, serve, train
 from relook.cli.command import App
 from relook.errors import Mistakes, RelookError
+from relook.files import is_full_disk
 
 app = App(no_args_is_help=True, pretty_exceptions_enable=False)
 for group in (train, evaluate, serve, data, models):
@@ -63,11 +64,15 @@ def main() -> None:
             sys.stderr.write(f"relook: {line}\n")
         sys.exit(2)
     except OSError as error:
+        if is_full_disk(error):  # of standard output, or where a library keeps files of its own
+            where = error.filename or "What relook writes"
+            sys.stderr.write(f"relook: {where}: {error.strerror}. Make room, then run the same command again.\n")
+            sys.exit(2)
         if error.filename is None:  # no path to name: a fault of relook's own, which keeps its traceback
             raise
         sys.stderr.write(f"relook: {error.filename}: {error.strerror}. Check the path, and who may write there.\n")
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
-            sys.stderr.write("relook: stopped. Run the same command again to go on from here.\n")
+            sys.stderr.write("relook: stopped.\n")
         raise

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, get_type_hints
@@ -36,10 +37,14 @@ class Command(TyperCommand):
         for parameter in sorted(self.get_params(ctx), key=lambda parameter: not parameter.is_eager):
             with faults:
                 try:
-                    _, rest = parameter.handle_parse_result(ctx, values, rest)
+                    value, rest = parameter.handle_parse_result(ctx, values, rest)
                 except UsageError as error:
                     if not valueless & {*parameter.opts}:  # its missing value is named already
                         raise as_recipe_error(error, ctx) from None
+                else:
+                    # Bounds do not keep NaN out, which is neither below nor above.
+                    if isinstance(value, float) and not math.isfinite(value):
+                        raise RecipeError(f"{parameter.opts[0]} is {value}.", "Give a finite number.")
         if rest and not ctx.allow_extra_args:
             faults.errors.append(RecipeError(f"{' '.join(rest)!r} is too much.", _help_hint(ctx)))
         faults.check()

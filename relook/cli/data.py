@@ -144,12 +144,20 @@ def mine(
     judge, settings = mining.judge_settings(), mining.settings(by, seed, parquet=True)
     answers = answer_source(engine, engine_args, engine_key, LoadOptions(adapter, vision_tower, dtype, bits, device))
     card = mine_pairs(model, mining.source(), out, settings, judge, answers)
+    described = card["descriptions"]
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
     status(
         f"{pairs[0]:,} {by} pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "
         "pairs.html shows some."
     )
-    if cost := card["descriptions"].get("cost"):
+    if not pairs[0]:
+        dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in described["dropped"].items())
+        status(
+            f"  no {by} pairs: of {described['made']:,} {by}s, mistakes were found in {described['hallucinated']:,}"
+            f"{dropped}",
+            style="yellow",
+        )
+    if pairs[0] and (cost := described.get("cost")):
         rate = 60 * pairs[0] / (time.monotonic() - started)
         counts = f"{cost['images_read']:,} image readings, {cost['tokens_sampled']:,} tokens, {cost['checks']:,} checks"
         status(f"Cost: {counts}; {rate:,.0f} pairs a minute in this run")

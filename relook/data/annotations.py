@@ -145,6 +145,8 @@ def read_image_paths(vg_path: str | Path) -> dict[str, Path]:
     vg_path = Path(vg_path)
     if not vg_path.is_dir():
         raise DataError(f"There is no Visual Genome folder {vg_path}.", "Check vg_path.")
+    if not (vg_path / "image_data.json").exists():
+        raise DataError(f"{vg_path} has no image_data.json: it is no Visual Genome folder.", "Check vg_path.")
     return _by_image(vg_path / "image_data.json", "image_id", lambda record: vg_path.joinpath(*_tail(record["url"])))
 
 

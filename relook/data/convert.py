@@ -105,7 +105,7 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
     if to in FOLDERS:
         return (write_hadpo if to == "hadpo" else write_sentinel)(target, opened, rows)
     count = write_parquet(target, to, opened, rows)
-    if folder and (source / DESC).exists():
+    if folder and (source / DESC).exists() and read_json(source / DESC):
         status(
             "  each description pair is written once; a run on HA-DPO's files takes it twice an epoch, as the original"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from relook.errors import DataError, RecipeError, preview
+from relook.errors import DataError, RecipeError, count_of, preview
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class ReadReport:
 
     def summary(self) -> str:
         """Summarise in one line how many samples were used, skipped and dropped, and why."""
-        parts = [f"{self.used:,} samples"]
+        parts = [count_of(self.used, "sample")]
         parts += [f"{count:,} skipped ({reason})" for reason, count in self.skipped.items()]
         parts.append(f"{self.dropped:,} dropped ({self.faults})" if self.reasons else "none dropped")
         return f"{self.source}: {', '.join(parts)}."

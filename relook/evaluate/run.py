@@ -215,7 +215,8 @@ def ask_missing(
             generate=benchmark.generate,
         )
         if missing:
-            _ask(benchmark, missing, load(), {stem: files[stem] for stem in stems}, own_settings)
+            ready = sum(question.image in images for stem in stems for question in questions[stem]) - len(missing)
+            _ask(benchmark, missing, load(), {stem: files[stem] for stem in stems}, own_settings, ready)
 
 
 def _ask(
@@ -224,12 +225,13 @@ def _ask(
     answerer: Answerer,
     files: Mapping[str, AnswerFile],
     settings: GenerationSettings,
+    ready: int,
 ) -> None:
     def record(index: int, text: str) -> tuple[AnswerFile, dict[str, Any]]:
         stem, question = questions[index]
         return files[stem], benchmark.record(question, text)
 
-    with progress(benchmark.title) as report:
+    with progress(benchmark.title, ready) as report:
         answers = answer_questions(
             answerer, [(question.image, question.text) for _, question in questions], settings, report
         )

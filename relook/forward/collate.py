@@ -25,7 +25,7 @@ from relook.data.packing import (
     pack,
     round_up_to_blocks,
 )
-from relook.errors import DataError, RecipeError, preview
+from relook.errors import DataError, RecipeError, count_of, preview
 from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import LiveBatch, Policy, TrunkStates
 from relook.forward.positions import tree_positions
@@ -302,10 +302,11 @@ def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) 
             faults[path] = fault
     # One bad image spoils every sample that shows it.
     bad = [example for example in examples if faults.keys() & set(example.images)]
-    lost = {path: [example.id for example in bad if path in example.images] for path in faults}
+    # A description pair is there twice, under one id.
+    lost = {path: dict.fromkeys(example.id for example in bad if path in example.images) for path in faults}
     messages = [f"{fault} Its samples: {', '.join(lost[path])}." for path, fault in faults.items()]
     if bad and on_bad == "error":
-        message = f"{len(bad)} samples have unusable images: {preview(messages, 3)}"
+        message = f"{count_of(len(bad), 'sample')} with unusable images: {preview(messages, 3)}"
         raise DataError(message, "Repair them (relook data fix), or set on_bad drop to go on without.")
     return [example for example in examples if not faults.keys() & set(example.images)], messages
 

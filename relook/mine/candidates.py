@@ -275,6 +275,7 @@ def question_summary(records: Sequence[Mapping[str, Any]], selected: Sequence[ob
     return {
         "asked": len(records),
         "wrong": sum(record["origin"] == "model" for record in records),
+        "unreadable": sum(stated(record["answer"]) is None for record in records),
         "pairs": len(selected),
     }
 

@@ -43,9 +43,10 @@ def run_resumable(
     parts = [range(start, min(start + size, len(keys))) for start in range(0, len(keys), size)]
     ready = {key for key, record in file.records.items() if not stale(record)}
     # A part with any missing record is made whole again: its batches must be those of an unbroken run.
-    remaining = [part for part in distributed.shard(parts) if not all(keys[i] in ready for i in part)]
+    share = distributed.shard(parts)
+    remaining = [part for part in share if not all(keys[i] in ready for i in part)]
     total, done = sum(map(len, remaining)), 0
-    with progress(title) as report:
+    with progress(title, sum(map(len, share)) - total) as report:
         for part in remaining:
             file.append(make(part, lambda n, _, done=done: report(done + n, total)))
             done += len(part)

@@ -137,11 +137,12 @@ def _readme(card: Mapping[str, Any]) -> str:
         *_rows(f"**{kind} pairs**", described["pairs"], {}),
         *_rows("yes/no questions asked", questions["asked"], {}),
         *_rows("of them answered wrong", questions["wrong"], {}),
+        *_rows("of them answered neither yes nor no", questions["unreadable"], {}),
         *_rows("**question pairs**, half of them with answer yes", questions["pairs"], {}),
         *(row for judge in card["judge"] for row in _rows("replies of the judge", judge["replies"], judge["unjudged"])),
         "",
         *(_lengths(kind, lengths) if described["pairs"] else ()),
-        f"Evaluation images: {excluded['names']:,} names and {excluded['images']:,} image files were given, from "
+        f"Evaluation images: {excluded['names']:,} by name and {excluded['images']:,} as files were given, from "
         f"{', '.join(excluded['given'])}; none of them is used."
         if excluded["given"]
         else "Evaluation images: none were named, so none were left out.",

@@ -298,8 +298,8 @@ class FingerprintIndex:
         self.hashes.add(int(record["look"], 16))
 
 
-def excluded_names(path: Path) -> frozenset[str]:
-    """Read the images that a file names, as `MinedImage.names` has them.
+def excluded_images(path: Path) -> frozenset[frozenset[str]]:
+    """Read the images that a file names, each as the names it may have (`MinedImage.names`).
 
     It may be a question or answer file (keys image, image_id, image_name, file_name), COCO's instances, HA-DPO's
     desc_data.json, a list of ids, or a text file with a name or number a line.
@@ -315,11 +315,14 @@ def excluded_names(path: Path) -> frozenset[str]:
         # A single record, COCO's instances, or HA-DPO's descriptions, whose keys are ids.
         if isinstance(content, dict):
             content = [content] if _image_values(content) else content.get("images", list(content))
-        values = [value for record in content for value in _image_values(record)]
+        images = [_image_values(record) for record in content]
     else:
-        values = [line.strip() for line in read_text(path).splitlines()]
-    names = frozenset(name for value in values if str(value) for name in _names(str(value)))
-    if not names:
+        images = [[line.strip()] for line in read_text(path).splitlines()]
+    # An image may have several values in a record, and each value several names.
+    names = frozenset(
+        frozenset(name for value in values if str(value) for name in _names(str(value))) for values in images
+    )
+    if not (names := names - {frozenset()}):
         raise DataError(f"{path} names no images.", "Give question files, annotations, or a list of names.")
     return names
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from relook import distributed
+from relook.console import status
 from relook.data.parquet import pyarrow
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.data.templates import check_template
@@ -42,7 +43,7 @@ from relook.mine.pictures import (
     ExclusionFilter,
     MinedImage,
     evaluation_files,
-    excluded_names,
+    excluded_images,
     read_pictures,
     read_synonyms,
 )
@@ -75,7 +76,8 @@ def mine_pairs(
     folder, out = loading.open(model), Path(out)
     settings = _check_settings(folder, source, out, settings, judge, loading)
     annotated = read_pictures(source.images, source.annotations, source.synonyms)
-    listed = frozenset[str]().union(*(excluded_names(path) for path in source.exclude if not path.is_dir()))
+    named = frozenset[frozenset[str]]().union(*(excluded_images(path) for path in source.exclude if not path.is_dir()))
+    listed = frozenset[str]().union(*named)
     evaluation_images = [path for entry in source.exclude if entry.is_dir() for path in evaluation_files(entry)]
     model_identity = loading.identity(folder)
     if distributed.is_main():
@@ -131,6 +133,12 @@ def mine_pairs(
         assert described is not None, "the first process has the pairs"
         records = candidates.question_records(questions, answers)
         selected = candidates.balance_answers(records, question_rng)
+        asked = candidates.question_summary(records, selected)
+        if asked["unreadable"]:
+            status(
+                f"  {asked['unreadable']:,} of {asked['asked']:,} answers to yes/no questions say neither yes nor no",
+                style="yellow",
+            )
         write_outputs(out, pictures, annotated.vocabulary, described.pairs, selected, exclusion, settings)
         card: dict[str, Any] = {
             "model": folder.path.name,
@@ -140,10 +148,11 @@ def mine_pairs(
             "pictures": {"found": len(annotated.pictures), "left_out": left_out, "mined": len(pictures)},
             "apart": {
                 "given": [path.name for path in source.exclude],
-                "names": len(listed),
+                "names": len(named),
                 "images": len(exclusion.evaluation),
             },
-            **_pair_statistics(described, records, selected),
+            **_pair_statistics(described),
+            "questions": asked,
         }
         output.write_card(out, card)
     distributed.barrier("the pairs")
@@ -237,7 +246,7 @@ def _fingerprint(
     """Fingerprint every image file, mined or of an evaluation."""
     mined = fingerprint_all(work / "pictures.jsonl", [(p.id, p.path) for p in pictures], "pictures")
     evaluation_records = fingerprint_all(
-        work / "excluded.jsonl", [(str(path), path) for path in evaluation_images], "evaluation images"
+        work / "excluded.jsonl", [(str(path), path) for path in evaluation_images], "files of evaluation images"
     )
     return ExclusionFilter(mined, listed, [evaluation_records[str(path)] for path in evaluation_images])
 
@@ -314,13 +323,10 @@ def _choose_questions(
     return candidates.choose_questions(pictures, settings.questions, rng)
 
 
-def _pair_statistics(
-    described: DescriptionPairs, records: Sequence[Mapping[str, Any]], selected: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return the data card's counts of pairs, and of the questions that were asked for them."""
+def _pair_statistics(described: DescriptionPairs) -> dict[str, Any]:
+    """Return the data card's counts of pairs of descriptions or sentences."""
     return {
         "descriptions": described.to_json(),
-        "questions": candidates.question_summary(records, selected),
         "lengths": pairs.length_statistics([(pair.chosen, pair.rejected) for pair in described.pairs]),
         "judge": described.judge,
     }

@@ -7,6 +7,7 @@ memory at a time; the check that follows holds one model at a time.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 import warnings
@@ -416,7 +417,7 @@ def export_for(source: str | Path, out: str | Path, engine: str, options: WriteO
 def export_lazy(opened: LazyModel, out: Path, engine: str, options: WriteOptions) -> float | None:
     """Write an opened model for a serving engine, as `export_for` does."""
     if reason := unsupported_by(engine, opened.config):
-        raise CheckpointError(f"{opened.path} cannot run in {engine}: {reason}.", "Use relook serve.")
+        raise CheckpointError(f"{opened.adapter or opened.path} cannot run in {engine}: {reason}.", "Use relook serve.")
     difference = write_model(opened, out, WRITERS[engine], options)
     dtype = str(opened.dtype).removeprefix("torch.")
     status(
@@ -554,18 +555,31 @@ def chat_template(source: LazyModel, processor: Any) -> str:
         {"role": "user", "content": "And where is it?"},
     ]
     image = IM_START + IMAGE + IM_END if marked else IMAGE
-    for line in (f"{image}\n", f"{image} \n"):  # text after an image is tokenised alone; some need the space
-        jinja = _jinja(template, line, expected_ids[0] == tokenizer.bos_token_id)
+    # relook tokenises each stretch of text around images by itself. A tokenizer that puts a space before a text only
+    # where no special token comes first needs it written: after BOS, and after an image.
+    closest, closest_ids = -1, list[int]()  # where the ids of the closest template part from the expected ones
+    for start, line in itertools.product(("", " "), (f"{image}\n", f"{image} \n")):
+        bos = f"{{{{ bos_token }}}}{start}" if expected_ids[0] == tokenizer.bos_token_id else start
+        jinja = _jinja(template, line, bos)
         text = processor.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True)
-        if tokenizer(text, add_special_tokens=False)["input_ids"] == expected_ids:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids == expected_ids:
             return jinja
+        differs = (i for i, (a, b) in enumerate(itertools.zip_longest(expected_ids, ids)) if a != b)
+        if (first := next(differs)) > closest:
+            closest, closest_ids = first, ids
+    expected, written = (
+        " ".join(tokenizer.convert_ids_to_tokens(row[closest : closest + 3])) for row in (expected_ids, closest_ids)
+    )
     raise CheckpointError(
-        f"No chat template gives the tokenizer of {source.path} the prompts of {source.template}.", "Use relook serve."
+        f"No chat template gives the tokenizer of {source.path} the prompts of {source.template}: from token "
+        f"{closest} on, the closest one gives {written!r} instead of {expected!r}.",
+        "Use relook serve.",
     )
 
 
-def _jinja(template: Template, image: str, bos: bool) -> str:
-    """Translate a template to Jinja.
+def _jinja(template: Template, image: str, start: str) -> str:
+    """Translate a template to Jinja, after `start`, which is Jinja already.
 
     As in `relook serve`, everything before an answer is one turn: first its images, then its texts, each on its own
     line. A system message is one of these texts.
@@ -575,7 +589,7 @@ def _jinja(template: Template, image: str, bos: bool) -> str:
     )
     turn = f"{{{{ ({later} if ns.later else {first}) + ns.images + ns.texts | join('\\n') + {cue} }}}}"
     return (
-        ("{{ bos_token }}" if bos else "") + "{% set ns = namespace(later=false, images='', texts=[]) %}"
+        start + "{% set ns = namespace(later=false, images='', texts=[]) %}"
         "{% for message in messages %}"
         "{% set ns.said = [] %}"
         "{% if message['content'] is string %}{% set ns.said = [message['content']] %}{% else %}"

@@ -171,7 +171,7 @@ class LazyModel:
 
     def _advice(self, missing: list[str]) -> str:
         if missing and all(name.startswith(TOWER) for name in missing):
-            return "Pass the vision tower's folder as vision_tower."
+            return "Pass the vision tower's folder as vision_tower (--vision-tower)."
         if missing and all(name.startswith(PROJECTOR) for name in missing):
             return "Pass the projector's file (mm_projector.bin) as adapter."
         return "Check that all files are of one model, or download it again."
@@ -454,20 +454,22 @@ def _tower_folder(path: Path, configured: Any, override: str | Path | None) -> P
     name = str(override) if override else configured
     if not name or not isinstance(name, str):
         raise CheckpointError(
-            f"{path / 'config.json'} names no mm_vision_tower.", "Pass the vision tower's folder as vision_tower."
+            f"{path / 'config.json'} names no mm_vision_tower.",
+            "Pass the vision tower's folder as vision_tower (--vision-tower).",
         )
-    # First a folder: as given, or beside the model's config; then the hub's cache. Nothing is downloaded.
-    folder = Path(name) if override else path / name  # an absolute name stands for itself
-    if (folder / "config.json").exists():
-        require_regular_files(folder)
-        return folder
+    # First a folder: as given, or beside the model's config; a config's name also below the working directory, where
+    # LLaVA looks. Then the hub's cache. Nothing is downloaded. An absolute name stands for itself.
+    for folder in [Path(name)] if override else [path / name, Path(name)]:
+        if (folder / "config.json").exists():
+            require_regular_files(folder)
+            return folder
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
-        reason = "no model folder" if override else f"not in {path}"
+        reason = "no model folder" if override else f"not in {path}, not below the working directory"
         raise CheckpointError(
             f"The vision tower {name!r} is {reason}, nor is it in Hugging Face's cache.",
-            f"Pass its folder as vision_tower, or run: hf download {name}",
+            f"Pass its folder as vision_tower (--vision-tower), or run: hf download {name}",
         ) from None
 
 

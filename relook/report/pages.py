@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,11 @@ def write_report(out: str | Path) -> Path:
     out = Path(out)
     from relook.sweep_config import SWEEP_FILE
 
+    if (out / "recipe.yaml").exists():  # of `relook train`
+        raise RecipeError(
+            f"{out} is a training run; reports are of evaluations.",
+            f"Evaluate it first: relook eval pope chair --model {shlex.quote(str(out))} --data DATA --out FOLDER.",
+        )
     if not (out / RESULTS_FILE).exists():
         raise RecipeError(f"{out} holds no finished demo.", f"Run `relook demo --out {out}` first.")
     # The pages import this module; the demo's loads a model, for its attention maps.

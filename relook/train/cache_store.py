@@ -19,7 +19,6 @@ from relook.console import status
 from relook.data.encode import Example
 from relook.data.images import ImageLoader
 from relook.data.packing import assign_rows, common_root_length, kept_positions
-from relook.errors import RelookError
 from relook.files import atomic_file, file_hash, process_is_alive
 from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import Policy
@@ -222,11 +221,8 @@ class ShardFolder:
         # Serialised in memory, because the file's name holds the hash of its bytes.
         data = save({TENSOR_NAME: tensor.contiguous()})
         path = self.folder / _file_name(name, hashlib.sha256(data).hexdigest())
-        try:
-            with atomic_file(path) as temporary:
-                temporary.write_bytes(data)
-        except OSError as error:
-            raise RelookError(f"{path} cannot be written: {error.strerror}.", "Free some space there.") from None
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(data)
         self._files[name] = path
 
     def tidy(self) -> None:

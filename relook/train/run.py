@@ -24,7 +24,7 @@ from relook.data.encode import Example
 from relook.data.readers import rated_answers, read_hadpo, read_llava, read_pairs, read_sentinel
 from relook.data.samples import Conversation, PreferencePair, ReadReport
 from relook.data.templates import check_template
-from relook.errors import DataError, Faults, RecipeError, preview
+from relook.errors import DataError, Faults, RecipeError, count_of, preview
 from relook.files import file_hash, is_free, read_json_object, read_text, text_hash, write_json, writes_alone
 from relook.flags import DEFAULTS, check_model_settings, idle_keys
 from relook.forward import activation_memory
@@ -90,7 +90,7 @@ def recipe_of_command(name: str, keys: Sequence[str]) -> Recipe:
     return recipe
 
 
-@writes_alone(lambda recipe, *_, **__: Path(recipe.output_dir))
+@writes_alone(lambda recipe, *_, **__: Path(recipe.output_dir), lambda out: has_saved_state(out))
 def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | None = None) -> Path:
     """Train as the recipe says and return the output folder.
 
@@ -396,8 +396,8 @@ def check_schedule(arguments: TrainingArguments, samples: int) -> None:
         schedule.step()
     warmup = arguments.get_warmup_steps(steps)
     raise RecipeError(
-        f"No step would have a learning rate above 0: the run has {steps} steps for {samples} samples, and its warm-up "
-        f"from 0 takes {warmup}.",
+        f"No step would have a learning rate above 0: the run has {count_of(steps, 'step')} for "
+        f"{count_of(samples, 'sample')}, and its warm-up from 0 takes {warmup}.",
         "Give more steps (num_train_epochs, max_steps, a smaller batch), or warmup_steps 0.",
     )
 
@@ -406,9 +406,12 @@ def read_samples(recipe: Recipe) -> Samples:
     """Read the samples of the recipe's data files, and report what the reader left out.
 
     Raises:
+        DataError: none can be used.
         RecipeError: the file has rated answers, and the loss compares pairs.
     """
     samples, report = _read_files(recipe)
+    if not samples:
+        raise DataError("There is no sample to train on.", report.summary())
     if recipe.rates_answers:
         samples = rated_answers(samples)
         return samples, replace(report, used=len(samples))
@@ -452,7 +455,7 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     if report.note:
         status(f"  {report.note}")
     if report.dropped or report.skipped or faults:
-        reasons = f" {len(faults):,} faults in encoding and decoding: {preview(faults, 3)}" if faults else ""
+        reasons = f" {count_of(len(faults), 'fault')} in encoding and decoding: {preview(faults, 3)}" if faults else ""
         status(f"  {'dropped' if report.dropped or faults else 'skipped'}: {report.summary()}{reasons}")
     return examples, {"reader": report.summary(), "reasons": dict(report.reasons), "faults": faults}
 

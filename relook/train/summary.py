@@ -12,6 +12,7 @@ import psutil
 from transformers import TrainerCallback
 
 from relook.console import ProgressReport, console, readable_seconds, status
+from relook.errors import count_of
 from relook.files import read_json
 from relook.recipe import Recipe, objective_name, regime_name
 
@@ -96,7 +97,7 @@ def run_summary(recipe: Recipe, out: str | Path) -> str:
     model, answers = shlex.quote(str(out)), shlex.quote(f"{out}-eval")
     facts = {
         "trained": f"{regime_name(vars(recipe))} by {objective_name(vars(recipe))}, {run['samples']:,} {unit}, "
-        f"{steps:,} steps in {readable_seconds(run['seconds'])}",
+        f"{count_of(steps, 'step')} in {readable_seconds(run['seconds'])}",
         "folder": str(out),
         "best": _best(log, recipe),
         "last": f"step {lines[-1]['step']:,}: {describe_fields(lines[-1])}" if lines else "",
