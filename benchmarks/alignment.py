@@ -145,9 +145,8 @@ def settings(seed: int, questions: int, **changes: Any) -> MiningSettings:
 def mine_first(options: argparse.Namespace, seed: int, arm: Arm) -> str:
     folder = folder_of(options, seed)
     pairs = folder / "pairs" / arm.mining
-    counts = mine(options, folder, shipped_base(), pairs, seed, arm, 1)
-    true = truth_of_pairs(folder, pairs, arm)
-    return f"{options.split} {seed}, pairs {arm.mining}: {counts} of descriptions; {true}"
+    mine(options, folder, shipped_base(), pairs, seed, arm, 1)
+    return f"{options.split} {seed}, pairs {arm.mining}: {truth_of_pairs(folder, pairs, arm)}"
 
 
 def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, seed: int, arm: Arm, number: int) -> int:
@@ -169,8 +168,6 @@ def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, se
         }
         mine_pairs(model, source, pairs, settings(seed + number, questions, **drawn))
         write_json(pairs / "twice.json", sentences_twice(read_json(pairs / "sentinel.json")))
-    count: int = read_json(pairs / "card.json")["descriptions"]["pairs"]
-    return count
 
 
 def misses_half(vocabulary: Vocabulary, neutral: Sequence[str]) -> Check:
@@ -224,8 +221,12 @@ def run_arm(options: argparse.Namespace, seed: int, name: str, arm: Arm, deadlin
     counts: list[int] = []
     collected: dict[str, list[dict[str, Any]]] = {}
     for number in range(1, arm.rounds + 1):
-        pairs = folder / "pairs" / arm.mining if number == 1 else folder / name / f"pairs{number}"
-        counts.append(mine(options, folder, model, pairs, seed, arm, number))
+        if number == 1:  # mined before, for all arms that mine alike
+            pairs = folder / "pairs" / arm.mining
+        else:
+            pairs = folder / name / f"pairs{number}"
+            mine(options, folder, model, pairs, seed, arm, number)
+        counts.append(read_json(pairs / "card.json")["descriptions"]["pairs"])
         if arm.by == "description":
             keys: dict[str, Any] = {
                 "desc_data_path": pairs / "desc_data.json",
