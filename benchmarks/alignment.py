@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -149,8 +149,17 @@ def mine_first(options: argparse.Namespace, seed: int, arm: Arm) -> str:
     return f"{options.split} {seed}, pairs {arm.mining}: {truth_of_pairs(folder, pairs, arm)}"
 
 
-def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, seed: int, arm: Arm, number: int) -> int:
-    """Mine a round's pairs; returns how many there are of descriptions."""
+def mine(
+    options: argparse.Namespace,
+    folder: Path,
+    model: Path,
+    pairs: Path,
+    seed: int,
+    arm: Arm,
+    number: int,
+    earlier: Path | None = None,
+) -> None:
+    """Mine a round's pairs, after earlier ones."""
     if arm.by == "sentence":
         sentences.by_annotations = misses_half if arm.check == "misses" else by_annotations
         source = MiningSource(folder / "world" / "vg", "toyworld", exclude=[folder / "world" / options.split])
@@ -158,6 +167,7 @@ def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, se
         questions, own = max(1, round(4 / (arm.rounds * arm.images))), arm.check == "self"
         if own:
             source = MiningSource(source.images, "none", folder / "objects.json", source.exclude)
+        source = replace(source, earlier=earlier)
         described = read_json(folder / "pairs" / Arm(by="description").mining / "card.json")["descriptions"]
         drawn = {
             "by": "sentence",
@@ -219,13 +229,13 @@ def run_arm(options: argparse.Namespace, seed: int, name: str, arm: Arm, deadlin
         return f"{options.split} {seed}, {name}: not begun"
     started, folder, model = time.monotonic(), folder_of(options, seed), shipped_base()
     counts: list[int] = []
-    collected: dict[str, list[dict[str, Any]]] = {}
+    earlier: Path | None = None
     for number in range(1, arm.rounds + 1):
         if number == 1:  # mined before, for all arms that mine alike
             pairs = folder / "pairs" / arm.mining
         else:
             pairs = folder / name / f"pairs{number}"
-            mine(options, folder, model, pairs, seed, arm, number)
+            mine(options, folder, model, pairs, seed, arm, number, earlier)
         counts.append(read_json(pairs / "card.json")["descriptions"]["pairs"])
         if arm.by == "description":
             keys: dict[str, Any] = {
@@ -234,17 +244,10 @@ def run_arm(options: argparse.Namespace, seed: int, name: str, arm: Arm, deadlin
             }
         else:
             keys = {"pairs_path": pairs / "twice.json"}
-        run, start, images = folder / name / f"run{number}", model, pairs
+        run, start = folder / name / f"run{number}", model
         if arm.accumulate:
-            for image, of_image in read_json(pairs / "twice.json").items():
-                collected[image] = [*collected.get(image, []), *of_image]
-            write_json(folder / name / f"pairs{number}.json", collected)
-            keys, start, images = (
-                {"pairs_path": folder / name / f"pairs{number}.json"},
-                shipped_base(),
-                folder / "world" / "vg",
-            )
-        keys |= {"model_name_or_path": start, "vg_path": images, "output_dir": run, "seed": seed, "warmup_steps": 0.1}
+            start, earlier = shipped_base(), pairs
+        keys |= {"model_name_or_path": start, "vg_path": pairs, "output_dir": run, "seed": seed, "warmup_steps": 0.1}
         if number > 1 and not arm.accumulate:
             keys["post_decoder_init"] = "random"  # the first round's goes on
         train(load_recipe(options.recipe, {**keys, **arm.keys_of(number)}))
