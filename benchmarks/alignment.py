@@ -164,15 +164,15 @@ def mine(
         sentences.by_annotations = misses_half if arm.check == "misses" else by_annotations
         source = MiningSource(folder / "world" / "vg", "toyworld", exclude=[folder / "world" / options.split])
         # Questions by the number of rounds, so that all arms have as many.
-        questions, own = max(1, round(4 / (arm.rounds * arm.images))), arm.check == "self"
-        if own:
+        questions, asks_itself = max(1, round(4 / (arm.rounds * arm.images))), arm.check == "self"
+        if asks_itself:
             source = MiningSource(source.images, "none", folder / "objects.json", source.exclude)
         source = replace(source, earlier=earlier)
         described = read_json(folder / "pairs" / Arm(by="description").mining / "card.json")["descriptions"]
         drawn = {
             "by": "sentence",
             "complete": arm.complete,
-            "own_answers": own,
+            "own_answers": asks_itself,
             "max_images": int(options.scenes * arm.images),
             "max_pairs": described["pairs"] // arm.rounds,
         }
