@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -145,32 +145,39 @@ def settings(seed: int, questions: int, **changes: Any) -> MiningSettings:
 def mine_first(options: argparse.Namespace, seed: int, arm: Arm) -> str:
     folder = folder_of(options, seed)
     pairs = folder / "pairs" / arm.mining
-    counts = mine(options, folder, shipped_base(), pairs, seed, arm, 1)
-    true = truth_of_pairs(folder, pairs, arm)
-    return f"{options.split} {seed}, pairs {arm.mining}: {counts} of descriptions; {true}"
+    mine(options, folder, shipped_base(), pairs, seed, arm, 1)
+    return f"{options.split} {seed}, pairs {arm.mining}: {truth_of_pairs(folder, pairs, arm)}"
 
 
-def mine(options: argparse.Namespace, folder: Path, model: Path, pairs: Path, seed: int, arm: Arm, number: int) -> int:
-    """Mine a round's pairs; returns how many there are of descriptions."""
+def mine(
+    options: argparse.Namespace,
+    folder: Path,
+    model: Path,
+    pairs: Path,
+    seed: int,
+    arm: Arm,
+    number: int,
+    earlier: Path | None = None,
+) -> None:
+    """Mine a round's pairs, after earlier ones."""
     if arm.by == "sentence":
         sentences.by_annotations = misses_half if arm.check == "misses" else by_annotations
         source = MiningSource(folder / "world" / "vg", "toyworld", exclude=[folder / "world" / options.split])
         # Questions by the number of rounds, so that all arms have as many.
-        questions, own = max(1, round(4 / (arm.rounds * arm.images))), arm.check == "self"
-        if own:
+        questions, asks_itself = max(1, round(4 / (arm.rounds * arm.images))), arm.check == "self"
+        if asks_itself:
             source = MiningSource(source.images, "none", folder / "objects.json", source.exclude)
+        source = replace(source, earlier=earlier)
         described = read_json(folder / "pairs" / Arm(by="description").mining / "card.json")["descriptions"]
         drawn = {
             "by": "sentence",
             "complete": arm.complete,
-            "own_answers": own,
+            "own_answers": asks_itself,
             "max_images": int(options.scenes * arm.images),
             "max_pairs": described["pairs"] // arm.rounds,
         }
         mine_pairs(model, source, pairs, settings(seed + number, questions, **drawn))
         write_json(pairs / "twice.json", sentences_twice(read_json(pairs / "sentinel.json")))
-    count: int = read_json(pairs / "card.json")["descriptions"]["pairs"]
-    return count
 
 
 def misses_half(vocabulary: Vocabulary, neutral: Sequence[str]) -> Check:
@@ -222,10 +229,14 @@ def run_arm(options: argparse.Namespace, seed: int, name: str, arm: Arm, deadlin
         return f"{options.split} {seed}, {name}: not begun"
     started, folder, model = time.monotonic(), folder_of(options, seed), shipped_base()
     counts: list[int] = []
-    collected: dict[str, list[dict[str, Any]]] = {}
+    earlier: Path | None = None
     for number in range(1, arm.rounds + 1):
-        pairs = folder / "pairs" / arm.mining if number == 1 else folder / name / f"pairs{number}"
-        counts.append(mine(options, folder, model, pairs, seed, arm, number))
+        if number == 1:  # mined before, for all arms that mine alike
+            pairs = folder / "pairs" / arm.mining
+        else:
+            pairs = folder / name / f"pairs{number}"
+            mine(options, folder, model, pairs, seed, arm, number, earlier)
+        counts.append(read_json(pairs / "card.json")["descriptions"]["pairs"])
         if arm.by == "description":
             keys: dict[str, Any] = {
                 "desc_data_path": pairs / "desc_data.json",
@@ -233,17 +244,10 @@ def run_arm(options: argparse.Namespace, seed: int, name: str, arm: Arm, deadlin
             }
         else:
             keys = {"pairs_path": pairs / "twice.json"}
-        run, start, images = folder / name / f"run{number}", model, pairs
+        run, start = folder / name / f"run{number}", model
         if arm.accumulate:
-            for image, of_image in read_json(pairs / "twice.json").items():
-                collected[image] = [*collected.get(image, []), *of_image]
-            write_json(folder / name / f"pairs{number}.json", collected)
-            keys, start, images = (
-                {"pairs_path": folder / name / f"pairs{number}.json"},
-                shipped_base(),
-                folder / "world" / "vg",
-            )
-        keys |= {"model_name_or_path": start, "vg_path": images, "output_dir": run, "seed": seed, "warmup_steps": 0.1}
+            start, earlier = shipped_base(), pairs
+        keys |= {"model_name_or_path": start, "vg_path": pairs, "output_dir": run, "seed": seed, "warmup_steps": 0.1}
         if number > 1 and not arm.accumulate:
             keys["post_decoder_init"] = "random"  # the first round's goes on
         train(load_recipe(options.recipe, {**keys, **arm.keys_of(number)}))

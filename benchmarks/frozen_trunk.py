@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--parts", default="peer,cache,epochs,sweep")
     parser.add_argument("--pairs", type=int, default=800, help="description pairs of `cache` and `epochs`")
+    parser.add_argument("--context", type=int, default=0, help="words that both of a pair's answers begin with")
     parser.add_argument("--sweep-pairs", type=int, default=5000)
     parser.add_argument("--variants", type=int, default=20)
     parser.add_argument("--pope-images", type=int, default=500)
@@ -86,7 +87,8 @@ def main() -> None:
     timed(lambda: model_hash(base), say, "model_hash")
     if "peer" in parts:
         say("ha_dpo_way", **peer(base, shape))
-    write_pairs(options.work / "fixed", options.pairs, options.pairs, 0, size=shape.get("picture", (500, 375)))
+    count, size = options.pairs, shape.get("picture", (500, 375))
+    write_pairs(data_of(options), count, count, 0, options.context, size)
     if "cache" in parts:
         say("cache_pass", **cache_pass(base, options, shape, report))
     if "epochs" in parts:
@@ -143,14 +145,19 @@ def peer(base: Path, shape: dict[str, Any]) -> dict[str, float]:
     return {"pairs_per_s": round(PEER_BATCH / sorted(times)[2], 2), "peak_gib": peak()}
 
 
+def data_of(options: argparse.Namespace) -> Path:
+    folder: Path = options.work / (f"context_{options.context}" if options.context else "fixed")
+    return folder
+
+
 def recipe_of(base: Path, options: argparse.Namespace, name: str, **keys: Any) -> Recipe:
-    pairs = options.work / "fixed"
+    pairs = data_of(options)
     return build_recipe(
         {
             "task": "dpo",
             "version": "v1" if options.family == "llava" else "",
             "model_name_or_path": base,
-            "output_dir": options.work / "runs" / name,
+            "output_dir": options.work / "runs" / f"{name}-{options.context}",
             "vg_path": pairs,
             "desc_data_path": pairs / "desc_data.json",
             "feature_cache": "memory",

@@ -2,7 +2,7 @@
 
     out/round-0/eval        the base on the dev set
     out/round-1/pairs       what `relook mine` finds in the model of the round before
-    out/round-1/run         what `relook train` makes of that model by these pairs
+    out/round-1/run         what `relook train` makes of the base by the pairs of all rounds so far
     out/round-1/eval        `relook eval chair`
     out/rounds.json, align.html
 
@@ -40,7 +40,6 @@ from relook.report.align_page import ROUNDS_FILE, write_align_page
 from relook.train.run import train
 
 SETTINGS_FILE = "align.json"
-BASE_KEYS = {"adapter_name_or_path": "", "vision_tower": ""}  # of the base: a run names its own
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,9 @@ def align(
 ) -> Path:
     """Run the rounds, or the rest of an unfinished job, and return the report's path.
 
-    Each round mines with the seed of the first plus its number, so that sampled texts and drawn images differ.
+    Each round mines the last round's model, with the seed of the first plus its number, so that sampled texts and drawn
+    images differ, and trains the base anew on the pairs of all rounds so far: models that go on from each other's few
+    pairs say less and less.
 
     Args:
         judge: as in `mine_pairs`.
@@ -99,7 +100,7 @@ def align(
         claim_output_dir(out, SETTINGS_FILE, _identity(model, source, settings, mining, loading), "rounds")
     distributed.barrier("the output folder")
 
-    commands, evaluations = _Commands(source, settings, judge), [out / "round-0" / "eval"]
+    commands, evaluations = _Commands(settings, judge), [out / "round-0" / "eval"]
     status(f"  {commands.evaluate(model, evaluations[0], mining, loading)}")
     _evaluate(model, evaluations[0], settings, mining, loading)
     rounds: list[dict[str, Any]] = [{"round": 0, "model": str(model), "chair": _scores(evaluations[0])}]
@@ -108,15 +109,16 @@ def align(
         folder = out / f"round-{number}"
         status(f"round {number} of at most {settings.rounds}", style="bold")
         of_round = dataclasses.replace(mining, seed=mining.seed + number - 1)
-        shown = [commands.mine(current, folder / "pairs", of_round, loading)]
+        shown = [commands.mine(current, source, folder / "pairs", of_round, loading)]
         status(f"  {shown[-1]}")
         card = mine_pairs(current, source, folder / "pairs", of_round, judge, settings.source(loading))
         if not card["descriptions"]["pairs"]:
             stopped = f"round {number} found no pair"
             break
-        shown.append(commands.train(_keys(current, folder, settings, of_round)))
+        source = dataclasses.replace(source, earlier=folder / "pairs")
+        shown.append(commands.train(_keys(model, folder, settings, of_round)))
         status(f"  {shown[-1]}")
-        run = train(_recipe(current, folder, settings, of_round))
+        run = train(_recipe(model, folder, settings, of_round))
         # The base's adapter and tower are in the run.
         loading = dataclasses.replace(loading, adapter=None, vision_tower=None)
         shown.append(commands.evaluate(run, folder / "eval", mining, loading))
@@ -198,12 +200,8 @@ def _keys(model: Path, folder: Path, settings: AlignSettings, mining: MiningSett
             **({"pope_data_path": pairs / POPE} if mining.questions else {}),
         }
     )
-    first = folder.name == "round-1"
-    keys = {key: value for key, value in settings.keys.items() if first or key not in BASE_KEYS}
-    if not first:  # the post decoder that the first round began goes on
-        keys["post_decoder_init"] = "random"
     paths = {"model_name_or_path": model, "vg_path": pairs, **files, "output_dir": folder / "run"}
-    return {**keys, **{key: str(path) for key, path in paths.items()}}
+    return {**settings.keys, **{key: str(path) for key, path in paths.items()}}
 
 
 def _evaluate(
@@ -239,11 +237,10 @@ def _identity(
 class _Commands:
     """Write the commands that do the same as the rounds' steps."""
 
-    source: MiningSource
     settings: AlignSettings
     judge: JudgeSettings | None
 
-    def mine(self, model: Path, out: Path, mining: MiningSettings, loading: LoadOptions) -> str:
+    def mine(self, model: Path, source: MiningSource, out: Path, mining: MiningSettings, loading: LoadOptions) -> str:
         names = (
             *("by", "seed", "samples", "continuations", "questions", "temperature", "near_texts"),
             *("max_pairs", "max_images", "max_new_tokens", "batch_size"),
@@ -256,10 +253,11 @@ class _Commands:
             ["relook", "mine", *flags],
             {
                 "model": model,
-                "images": self.source.images,
-                "annotations": self.source.annotations,
-                "exclude": self.source.exclude,
-                "synonyms": self.source.synonyms,
+                "images": source.images,
+                "annotations": source.annotations,
+                "exclude": source.exclude,
+                "synonyms": source.synonyms,
+                "earlier": source.earlier,
                 **{name.replace("_", "-"): value for name, value in changed.items()},
                 "judge": "self" if mining.own_answers else None,
                 **judge,

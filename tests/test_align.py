@@ -50,7 +50,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     noted: dict[str, list[Any]] = {"mined": [], "trained": [], "gains": [], "pairs": [8] * 9}
 
     def mine_pairs(model: Path, source: Any, out: Path, mining: Any, *_: Any) -> dict[str, Any]:
-        noted["mined"].append((model, mining.seed, source.exclude))
+        noted["mined"].append((model, mining.seed, source.exclude, source.earlier))
         return {"descriptions": {"pairs": noted["pairs"].pop(0)}, "questions": {"pairs": 0}}
 
     def train(recipe: Any) -> Path:
@@ -100,10 +100,14 @@ def test_rounds_stop_where_nothing_is_gained(
     assert (len(result["rounds"]) - 1, result["best"]) == (count, best)
     assert result["stopped"].startswith(stopped)
     runs = [tmp_path / "out" / f"round-{number}" / "run" for number in range(1, count + 1)]
-    assert [model for model, _, _ in steps["mined"]] == [shipped_base(), *runs[:-1]]
-    assert [seed for _, seed, _ in steps["mined"]] == [3, 4, 5][:count]
-    assert all(apart == (world / "test" / "val2014",) for _, _, apart in steps["mined"])
-    assert [recipe.model_name_or_path for recipe in steps["trained"]] == [str(m) for m, _, _ in steps["mined"]]
+    models, seeds, apart, earlier = map(list, zip(*steps["mined"], strict=True))
+    assert models == [shipped_base(), *runs[:-1]]
+    assert seeds == [3, 4, 5][:count]
+    assert apart == [(world / "test" / "val2014",)] * count
+    pairs = [run.parent / "pairs" for run in runs]
+    assert earlier == [None, *pairs[:-1]]
+    assert [recipe.vg_path for recipe in steps["trained"]] == list(map(str, pairs))
+    assert {recipe.model_name_or_path for recipe in steps["trained"]} == {str(shipped_base())}
     assert all(recipe.training["learning_rate"] == 1e-3 for recipe in steps["trained"])
     page = (tmp_path / "out" / "align.html").read_text()
     assert page.count("relook mine --complete --model") == count
@@ -119,12 +123,6 @@ def test_the_mining_shown_pairs_right_descriptions_too(
     assert line["commands"][0].startswith("relook mine --contrast --model")
 
 
-def test_later_rounds_go_on_with_the_post_decoder(steps: dict[str, list[Any]], world: Path, tmp_path: Path) -> None:
-    steps["gains"] = [-0.1, -0.1, -0.1]
-    aligned(world, tmp_path / "out", recipe="toyworld-post-decoder", keys={"post_decoder_init": "projector"})
-    assert [recipe.post_decoder_init for recipe in steps["trained"]] == ["projector", "random", "random"]
-
-
 def test_a_round_without_pairs_is_the_end(steps: dict[str, list[Any]], world: Path, tmp_path: Path) -> None:
     steps["gains"], steps["pairs"] = [-0.1], [8, 0]
     result = aligned(world, tmp_path / "out")
@@ -137,11 +135,13 @@ def test_the_commands_shown_are_commands(steps: dict[str, list[Any]], world: Pat
 
     from test_docs import parse_command
 
-    steps["gains"] = [0.1]
-    [_, line] = aligned(world, tmp_path / "out", keys={"bf16": False, "learning_rate": 1e-3})["rounds"]
-    for command, made in zip(line["commands"], ("pairs", "run", "eval"), strict=True):
-        (tmp_path / "out" / "round-1" / made).mkdir(parents=True, exist_ok=True)
-        parse_command(shlex.split(command))
+    steps["gains"] = [-0.1, 0.1]
+    [_, *lines] = aligned(world, tmp_path / "out", keys={"bf16": False, "learning_rate": 1e-3})["rounds"]
+    assert "--earlier" in lines[1]["commands"][0]
+    for number, line in enumerate(lines, 1):
+        for command, made in zip(line["commands"], ("pairs", "run", "eval"), strict=True):
+            (tmp_path / "out" / f"round-{number}" / made).mkdir(parents=True, exist_ok=True)
+            parse_command(shlex.split(command))
 
 
 @pytest.mark.parametrize(

@@ -577,6 +577,24 @@ def test_mined_files_are_read_by_every_reader(mined: Path) -> None:
     assert {(row.prompt, row.chosen, row.rejected, row.images[0].read_bytes()) for row in rows} == asked
 
 
+def test_descriptions_follow_earlier_ones(tmp_path: Path) -> None:
+    def pair(image: str, number: int) -> pairs.MinedPair:
+        return pairs.MinedPair(MinedImage(image, Path("1.png"), frozenset()), f"true {number}", f"false {number}")
+
+    def question(image: str, number: int) -> dict[str, Any]:
+        return {"image_id": image, "question": str(number)}
+
+    output.write_pairs(tmp_path / "a", False, [pair("1", 1), pair("2", 2)], [question("2", 1)])
+    output.write_pairs(tmp_path / "b", False, [pair("1", 3)], [question("3", 2)], tmp_path / "a")
+    assert read_json(tmp_path / "b/desc_data.json") == {
+        "1": {"chosen": ["true 1", "true 3"], "rejected": ["false 1", "false 3"]},
+        "2": {"chosen": ["true 2"], "rejected": ["false 2"]},
+    }
+    assert read_json(tmp_path / "b/pope_data.json") == [question("2", 1), question("3", 2)]
+    assert output.count_pairs(tmp_path / "b", by_sentence=False) == 5
+    assert output.named_images(tmp_path / "b", by_sentence=False) == {"1", "2", "3"}
+
+
 def test_parquet_goes_back_to_hadpo(mined: Path, tmp_path: Path) -> None:
     convert_pairs(mined / "pairs.parquet", tmp_path / "back", "hadpo")
     for name in ("desc_data.json", "pope_data.json"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from relook import load_model
 from relook.data.check import check_folder
 from relook.data.readers import read_pairs, read_sentinel
 from relook.data.sentences import end_of_first_sentence, split_sentences
-from relook.errors import RecipeError
+from relook.errors import DataError, RecipeError
 from relook.evaluate.results import AnswerFile
 from relook.files import read_json, write_json
 from relook.generate.answering import (
@@ -374,6 +375,29 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
     files = [out / name for name in ("work/sentences.jsonl", "work/answers.jsonl", "pairs.parquet")]
     run_killed_at(files, command, count)
     assert contents(out) == contents(mined)
+
+
+def test_pairs_follow_earlier_ones_over_the_same_images(mined: Path, world: Path, tmp_path: Path) -> None:
+    settings = MiningSettings(**{**vars(SETTINGS), "seed": 1, "max_images": 5})
+    card = mine(world, tmp_path / "alone", settings)
+    source = MiningSource(world / "vg", "toyworld", exclude=[world / "test"], earlier=mined)
+    together = mine_pairs(shipped_base(), source, tmp_path / "out", settings)
+    before, alone, after = (read_json(out / "sentinel.json") for out in (mined, tmp_path / "alone", tmp_path / "out"))
+    assert after == {image: before.get(image, []) + alone.get(image, []) for image in (*before, *alone)}
+    assert together.pop("earlier") == sum(map(len, before.values()))
+    assert together == card
+    pairs, report = read_sentinel(tmp_path / "out/sentinel.json", tmp_path / "out", on_bad="error")
+    assert len(pairs) == sum(map(len, after.values()))
+    assert not report.dropped
+    assert "pairs of earlier mining" in (tmp_path / "out/README.md").read_text()
+    # What an evaluation needs apart now was mined before.
+    image = read_pictures(world / "vg", "toyworld").pictures[0]
+    (tmp_path / "names.txt").write_text(image.path.name)
+    apart = MiningSource(world / "vg", "toyworld", exclude=[tmp_path / "names.txt"], earlier=mined)
+    with pytest.raises(DataError, match=f"not mined here: {image.id}"):
+        mine_pairs(shipped_base(), apart, tmp_path / "apart", settings)
+    with pytest.raises(DataError, match=r"has no sentinel\.json"):
+        mine_pairs(shipped_base(), replace(source, earlier=tmp_path), tmp_path / "none", settings)
 
 
 def test_a_number_of_images_and_pairs(world: Path, tmp_path: Path) -> None:

@@ -119,6 +119,9 @@ def mine(
     mining: MiningOptions,
     out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
     by: By = BY[0],
+    earlier: Annotated[
+        Path | None, input_option("Pairs mined before from the same images, which come first in the files.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     adapter: Adapter = None,
     vision_tower: Tower = None,
@@ -143,7 +146,7 @@ def mine(
     started = time.monotonic()
     judge, settings = mining.judge_settings(), mining.settings(by, seed, parquet=True)
     answers = answer_source(engine, engine_args, engine_key, LoadOptions(adapter, vision_tower, dtype, bits, device))
-    card = mine_pairs(model, mining.source(), out, settings, judge, answers)
+    card = mine_pairs(model, mining.source(earlier), out, settings, judge, answers)
     described = card["descriptions"]
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
     status(

@@ -205,10 +205,10 @@ class MiningOptions:
     judge_workers: JudgeWorkers = 8
     judge_request: JudgeRequest = "{}"
 
-    def source(self) -> MiningSource:
+    def source(self, earlier: Path | None = None) -> MiningSource:
         from relook.mine.jobs import MiningSource
 
-        return MiningSource(self.images, self.annotations, self.synonyms, self.exclude or ())
+        return MiningSource(self.images, self.annotations, self.synonyms, self.exclude or (), earlier)
 
     def settings(self, by: str, seed: int, parquet: bool) -> MiningSettings:
         from relook.mine.jobs import MiningSettings

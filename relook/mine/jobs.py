@@ -152,12 +152,14 @@ class MiningSource:
         images: folder in one of the layouts that `annotations` names (`relook.mine.pictures.KINDS`).
         synonyms: a file of further words for the annotated objects.
         exclude: files that name evaluation images, and folders of them.
+        earlier: a folder of pairs that were mined from the same images before; they come first in the files.
     """
 
     images: Path
     annotations: str
     synonyms: Path | None = None
     exclude: Sequence[Path] = ()
+    earlier: Path | None = None
 
     def __post_init__(self) -> None:
         make_paths(self)

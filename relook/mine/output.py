@@ -17,6 +17,7 @@ from typing import Any
 from relook.data.convert import DESC, IMAGES, POPE, SENTINEL, convert_pairs
 from relook.data.samples import as_id
 from relook.data.sentinel import SentinelPair, read_sentinel_records, sentinel_texts
+from relook.errors import DataError, preview
 from relook.evaluate.tasks.chair import Vocabulary
 from relook.files import atomic_file, read_json, write_json, write_text
 from relook.mine.pairs import MinedPair
@@ -32,14 +33,28 @@ FOLDER = "VG_100K"  # one of those that Visual Genome has
 SENTENCES = f"{SENTINEL}.json"
 
 
-def write_pairs(out: Path, by_sentence: bool, pairs: Sequence[MinedPair], records: Sequence[Mapping[str, Any]]) -> None:
-    """Write `desc_data.json` and `pope_data.json`; or `sentinel.json` with both kinds of pairs."""
+def write_pairs(
+    out: Path,
+    by_sentence: bool,
+    pairs: Sequence[MinedPair],
+    records: Sequence[Mapping[str, Any]],
+    earlier: Path | None = None,
+) -> None:
+    """Write `desc_data.json` and `pope_data.json`; or `sentinel.json` with both kinds of pairs.
+
+    Args:
+        earlier: folder of such files, whose pairs come first.
+    """
     if not by_sentence:
-        described = {pair.picture.id: {"chosen": [pair.chosen], "rejected": [pair.rejected]} for pair in pairs}
+        described: dict[str, dict[str, list[str]]] = read_json(earlier / DESC) if earlier else {}
+        for pair in pairs:
+            sides = described.setdefault(pair.picture.id, {"chosen": [], "rejected": []})
+            sides["chosen"].append(pair.chosen)
+            sides["rejected"].append(pair.rejected)
         write_json(out / DESC, described)
-        write_json(out / POPE, records)
+        write_json(out / POPE, [*(read_json(earlier / POPE) if earlier else ()), *records])
         return
-    by_image: dict[str, list[dict[str, Any]]] = {}
+    by_image: dict[str, list[dict[str, Any]]] = read_json(earlier / SENTENCES) if earlier else {}
     for pair in pairs:
         # Records say whether an end mark follows only where SENTINEL's layout, by its context, says otherwise.
         texts = SentinelPair(pair.prompt, *pair.answers, pair.context, pair.complete)
@@ -50,11 +65,31 @@ def write_pairs(out: Path, by_sentence: bool, pairs: Sequence[MinedPair], record
     write_json(out / SENTENCES, by_image)
 
 
+def pair_files(out: Path, by_sentence: bool) -> list[Path]:
+    """Return the files of `write_pairs`.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    paths = [out / name for name in ((SENTENCES,) if by_sentence else (DESC, POPE))]
+    if missing := [path.name for path in paths if not path.exists()]:
+        kind = "sentence" if by_sentence else "description"
+        raise DataError(f"{out} has no {preview(missing)}.", f"Name a folder of `relook mine --by {kind}`.")
+    return paths
+
+
 def named_images(out: Path, by_sentence: bool) -> set[str]:
     """Return the ids of the images that the files of `write_pairs` name."""
     if by_sentence:
         return {as_id(record.image_id) for record in read_sentinel_records(out / SENTENCES)}
     return {*read_json(out / DESC), *(record["image_id"] for record in read_json(out / POPE))}
+
+
+def count_pairs(out: Path, by_sentence: bool) -> int:
+    """Count the records in the files of `write_pairs`."""
+    if by_sentence:
+        return sum(map(len, read_json(out / SENTENCES).values()))
+    return sum(len(sides["chosen"]) for sides in read_json(out / DESC).values()) + len(read_json(out / POPE))
 
 
 def write_images(out: Path, pictures: Iterable[MinedImage], contents: Mapping[str, str]) -> None:
@@ -139,6 +174,7 @@ def _readme(card: Mapping[str, Any]) -> str:
         *_rows("of them answered wrong", questions["wrong"], {}),
         *_rows("of them answered neither yes nor no", questions["unreadable"], {}),
         *_rows("**question pairs**, half of them with answer yes", questions["pairs"], {}),
+        *_rows("pairs of earlier mining, which come first", card.get("earlier", 0), {}) * ("earlier" in card),
         *(row for judge in card["judge"] for row in _rows("replies of the judge", judge["replies"], judge["unjudged"])),
         "",
         *(_lengths(kind, lengths) if described["pairs"] else ()),

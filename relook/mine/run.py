@@ -26,12 +26,21 @@ from relook.console import status
 from relook.data.parquet import pyarrow
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.data.templates import check_template
-from relook.errors import DataError, RecipeError, did_you_mean
+from relook.errors import DataError, RecipeError, did_you_mean, preview
 from relook.evaluate.benchmark import YES_NO_MAX_TOKENS
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import library_versions
 from relook.evaluate.tasks.chair import Vocabulary, coco_vocabulary
-from relook.files import claim_output_dir, read_json, read_json_object, read_text, text_hash, write_json, writes_alone
+from relook.files import (
+    claim_output_dir,
+    file_hash,
+    read_json,
+    read_json_object,
+    read_text,
+    text_hash,
+    write_json,
+    writes_alone,
+)
 from relook.generate.answering import ONLY_OWN_ENGINE, Answerer, AnswerSource, GenerationSettings
 from relook.mine import candidates, output, pairs, sentences
 from relook.mine.candidates import DescriptionPairs, ProbeQuestion, describe_images, find_pairs
@@ -85,6 +94,8 @@ def mine_pairs(
         identity = _identity(source, annotated.pictures, excluded, settings, model_identity)
         if settings.by_sentence:  # what a description goes on with depends on who checks
             identity["checked_by"] = judge and [judge.model, dict(judge.request)]
+        if source.earlier:
+            identity["earlier"] = text_hash(*map(file_hash, output.pair_files(source.earlier, settings.by_sentence)))
         _claim_folder(out, identity, judge)
     distributed.barrier("the output folder")
     if (out / output.CARD).exists():
@@ -94,6 +105,8 @@ def mine_pairs(
     work, load = out / WORK, functools.cache(lambda: loading.load(folder))
     exclusion = _fingerprint(annotated.pictures, listed, evaluation_images, work)
     pictures, left_out = _select_images(source, annotated.pictures, exclusion, settings)
+    if source.earlier:
+        _check_earlier(source.earlier, annotated.pictures, exclusion, settings)
     description_rng, question_rng = (random.Random(f"{settings.seed}/{stage}") for stage in ("describe", "ask"))
     judge_client = Judge(judge, work / JUDGE_CACHE) if judge and distributed.is_main() else None
 
@@ -139,7 +152,7 @@ def mine_pairs(
                 f"  {asked['unreadable']:,} of {asked['asked']:,} answers to yes/no questions say neither yes nor no",
                 style="yellow",
             )
-        write_outputs(out, pictures, annotated.vocabulary, described.pairs, selected, exclusion, settings)
+        write_outputs(out, source.earlier, annotated, described.pairs, selected, exclusion, settings)
         card: dict[str, Any] = {
             "model": folder.path.name,
             **{key: model_identity[key] for key in ("model_hash", "engine") if key in model_identity},
@@ -153,6 +166,7 @@ def mine_pairs(
             },
             **_pair_statistics(described),
             "questions": asked,
+            **({"earlier": output.count_pairs(source.earlier, settings.by_sentence)} if source.earlier else {}),
         }
         output.write_card(out, card)
     distributed.barrier("the pairs")
@@ -268,6 +282,22 @@ def _select_images(
     return usable, counts
 
 
+def _check_earlier(
+    earlier: Path, pictures: Sequence[MinedImage], exclusion: ExclusionFilter, settings: MiningSettings
+) -> None:
+    """Check that the images of earlier pairs may be trained on.
+
+    Raises:
+        DataError: some are not among the pictures, or would be left out now.
+    """
+    usable = {picture.id for picture in pictures} - exclusion.left_out(pictures).keys()
+    if unknown := sorted(output.named_images(earlier, settings.by_sentence) - usable):
+        raise DataError(
+            f"{earlier} has pairs over images that are not mined here: {preview(unknown)}.",
+            "Give the --images and --exclude that they were mined with, or leave --earlier out.",
+        )
+
+
 def _claim_folder(out: Path, identity: Mapping[str, Any], judge: JudgeSettings | None) -> None:
     """Claim the folder for a job, or go on there.
 
@@ -334,20 +364,20 @@ def _pair_statistics(described: DescriptionPairs) -> dict[str, Any]:
 
 def write_outputs(
     out: Path,
-    pictures: Sequence[MinedImage],
-    vocabulary: Vocabulary | None,
+    earlier: Path | None,
+    annotated: AnnotatedImages,
     pairs: Sequence[MinedPair],
     records: Sequence[Mapping[str, Any]],
     exclusion: ExclusionFilter,
     settings: MiningSettings,
 ) -> None:
     """Write all files except the card, with which the folder is complete; no picture in them may be a left-out one."""
-    output.write_pairs(out, settings.by_sentence, pairs, records)
+    output.write_pairs(out, settings.by_sentence, pairs, records, earlier)
     # Read back from the files: what counts is which pictures are in them.
     names = output.named_images(out, settings.by_sentence)
-    used = {picture.id: picture for picture in pictures if picture.id in names}
+    used = {picture.id: picture for picture in annotated.pictures if picture.id in names}
     assert not exclusion.left_out(used.values()), "an evaluation image, or one twice, got into the pairs"
     output.write_images(out, used.values(), {image: exclusion.mined[image]["content"] for image in used})
     if settings.parquet:
         output.write_pairs_parquet(out)
-    write_pairs_page(out, pairs, records, used, vocabulary, settings.by_sentence, settings.complete)
+    write_pairs_page(out, pairs, records, used, annotated.vocabulary, settings.by_sentence, settings.complete)
