@@ -132,6 +132,14 @@ def test_bad_records_are_dropped_counted_and_named(
         assert any(reason in account and name in account for account in accounts)
 
 
+@pytest.mark.parametrize("kind", [questions, descriptions, conversations])
+def test_an_empty_file_is_named(kind: Any, base: Path, world: Path, tmp_path: Path) -> None:
+    keys, path, records = kind(base, world, tmp_path)
+    path.write_text("{}" if isinstance(records, dict) or kind is descriptions else "[]")
+    with pytest.raises(DataError, match=f"There is no sample to train on. {path}: 0 samples"):
+        finished(keys, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("kind", "fault"), [(kind, fault) for kind, faults in ALL for fault in faults])
 def test_a_bad_record_is_refused(kind: Any, fault: str, base: Path, world: Path, tmp_path: Path) -> None:
     keys, path, records = kind(base, world, tmp_path)
