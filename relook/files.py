@@ -356,7 +356,7 @@ def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], conte
 
 def _changed(key: str, before: Any, now: Any) -> str:
     """Name a setting that has changed, with both values where they are short enough to help."""
-    name, values = key.removesuffix("_hash").replace("_", " "), [str(value) for value in (before, now)]
+    name, values = key.removesuffix("_hash"), [str(value) for value in (before, now)]
     if key.endswith("_hash"):
         return f"{name} (its files have changed)"
     of_words = not any(isinstance(value, dict | list) for value in (before, now)) and max(map(len, values)) <= 80

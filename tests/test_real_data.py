@@ -208,7 +208,7 @@ def test_a_changed_tower_or_adapter_is_another_model(
     command += ["--vision-tower", copied, "--adapter", adapter, "--max-new-tokens", "2", "--out", tmp_path / "out"]
     fine(relook(*command))
     fine(relook(*command))
-    files = {"vision tower": copied / "pytorch_model.bin", "adapter": next(adapter.iterdir())}
+    files = {"vision_tower": copied / "pytorch_model.bin", "adapter": next(adapter.iterdir())}
     for changed, file in files.items():
         before = file.read_bytes()
         tensors = torch.load(file, weights_only=True)
