@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,7 @@ def test_a_bad_image(reason: str, task: str, base: Path, world: Path, tmp_path: 
     assert reason in printed
     assert names[0] in printed
     assert not [name for name in names if name not in account]
+    assert max(len(re.findall(rf"{name}\b", printed)) for name in names) == 1  # not twice as in the data
     with pytest.raises(DataError, match=reason) as refused:
         train(build_recipe({**keys, "on_bad": "error", "output_dir": tmp_path / "strict"}))
     assert names[0] in str(refused.value)

@@ -18,6 +18,7 @@ import yaml
 from helpers.command import Command, Ended
 from helpers.tiny import dpo_keys
 
+from relook.console import progress
 from relook.errors import RelookError
 from relook.evaluate.results import AnswerFile
 from relook.files import atomic_file, write_json, write_jsonl, writes_alone
@@ -328,6 +329,18 @@ def test_ctrl_c_says_whether_the_same_command_goes_on(
     with pytest.raises(KeyboardInterrupt):
         job(tmp_path / "out")
     assert ("goes on from here" in capsys.readouterr().err) == has_answers
+
+
+@pytest.mark.parametrize(
+    ("made", "ready", "line"), [(600, 300, "600 in 0.0 s, 300 there already"), (0, 900, "900 there already")]
+)
+def test_what_an_earlier_run_left_is_counted(
+    made: int, ready: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress("scenes", ready) as report:
+        if made:
+            report(made, made)
+    assert capsys.readouterr().err.strip() == f"scenes: {line}"
 
 
 @pytest.mark.parametrize("write", [lambda path: path.write_text("{}"), lambda path: torch.save({}, path)])
