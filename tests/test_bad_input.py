@@ -137,7 +137,7 @@ def test_bad_records_are_dropped_counted_and_named(
 def test_an_empty_file_is_named(kind: Any, base: Path, world: Path, tmp_path: Path) -> None:
     keys, path, records = kind(base, world, tmp_path)
     path.write_text("{}" if isinstance(records, dict) or kind is descriptions else "[]")
-    with pytest.raises(DataError, match=f"There is no sample to train on. {path}: 0 samples"):
+    with pytest.raises(DataError, match=f"No sample can be used. {path}: 0 samples"):
         finished(keys, tmp_path / "run")
 
 
