@@ -100,9 +100,10 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
 
 
 def draw_world(paths: DemoPaths, seed: int) -> None:
-    with progress("scenes to mine pairs from") as report:
+    pairs_ready, test_ready = (layouts.is_finished(paths.world / part) for part in ("vg", "test"))
+    with progress("scenes to mine pairs from", PAIR_SCENES * pairs_ready) as report:
         layouts.write_vg(paths.world, seed, PAIR_SCENES, report)
-    with progress("test scenes") as report:
+    with progress("test scenes", TEST_SCENES * test_ready) as report:
         layouts.write_eval(paths.world, "test", seed, TEST_SCENES, report)
 
 

@@ -355,10 +355,12 @@ def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], conte
 
 
 def _changed(key: str, before: Any, now: Any) -> str:
-    """Name a setting that has changed, with both values where they are short enough to help and are no hashes."""
-    name, values = key.replace("_", " "), [str(value) for value in (before, now)]
+    """Name a setting that has changed, with both values where they are short enough to help."""
+    name, values = key.removesuffix("_hash"), [str(value) for value in (before, now)]
+    if key.endswith("_hash"):
+        return f"{name} (its files have changed)"
     of_words = not any(isinstance(value, dict | list) for value in (before, now)) and max(map(len, values)) <= 80
-    return f"{name} ({values[0]}, not {values[1]})" if of_words and not key.endswith("hash") else name
+    return f"{name} ({values[0]}, not {values[1]})" if of_words else name
 
 
 def file_hash(path: Path) -> str:

@@ -18,6 +18,20 @@ RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps
 # LLaVA's names.
 RENAMED |= {"mm_vision_tower_lr": "vision_tower_lr", "unfreeze_mm_vision_tower": "tune_vision_tower"}
 
+# What other commands of relook, and other trainers, call a key: an unknown key is told its name in a recipe.
+OTHER_NAMES = {
+    "model": "model_name_or_path",
+    "out": "output_dir",
+    "adapter": "adapter_name_or_path",
+    "images": "image_folder",
+    "data": "data_path (conversations), or vg_path with desc_data_path or pope_data_path (pairs)",
+    "dtype": "bf16 or fp16",
+    "device": "use_cpu",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+
 # Reasons that several flags share.
 _SCORES = "relook logs its own fields over the held-out pairs"
 _SAME_LOGITS = "relook computes logits at the answers only"

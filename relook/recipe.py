@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +19,17 @@ from relook.data.samples import ON_BAD
 from relook.data.sentinel import SUFFIXES as SENTINEL_SUFFIXES
 from relook.errors import Faults, RecipeError, did_you_mean, most_similar, preview
 from relook.files import read_text, write_text
-from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_CONFIG_KEYS, UNSUPPORTED, idle_keys, refused, renamed
+from relook.flags import (
+    FALSE_WORDS,
+    HARMLESS,
+    IGNORED,
+    MODEL_CONFIG_KEYS,
+    OTHER_NAMES,
+    UNSUPPORTED,
+    idle_keys,
+    refused,
+    renamed,
+)
 
 T = TypeVar("T")
 
@@ -147,7 +160,7 @@ def _require_finite(key: str, value: T) -> T:
     for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
         _require_finite(key, part)
     if isinstance(value, float) and not math.isfinite(value):
-        raise RecipeError(f"{key} has the value {value}, which no setting can have.", "Give a finite number.")
+        raise RecipeError(f"{key} is {value}, not a finite number.", "Correct the value.")
     return value
 
 
@@ -356,12 +369,8 @@ class Recipe:
             object.__setattr__(self, "idle", {**self.idle, **unused})
             faults.errors += self._unused()
         faults.errors += (*self._needed(), *self._numbers(), *self._loss(), *self._what_trains())
-        from relook.model.post_decoder import PostDecoderSettings  # as in `_fit_settings`
-
-        try:
-            PostDecoderSettings(**self.post_decoder)
-        except (TypeError, ValueError) as error:
-            faults.errors.append(RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}."))
+        with faults:
+            _check_settings(self.post_decoder)
         faults.check()
 
     def _choices(self) -> Iterator[RecipeError]:
@@ -649,10 +658,16 @@ def regime_name(values: Mapping[str, Any]) -> str:
     return " + ".join([regime, *(name for key, name in tower.items() if values.get(key))])
 
 
-def _training_keys() -> dict[str, Any]:
-    from transformers import TrainingArguments
-
-    return {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
+@functools.cache
+def training_keys() -> dict[str, str]:
+    """Return transformers' training arguments with their types, as its source states them: an import takes seconds."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    classes = {node.name: node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    fields = [statement for statement in classes["TrainingArguments"] if isinstance(statement, ast.AnnAssign)]
+    return {ast.unparse(field.target): ast.unparse(field.annotation) for field in fields}
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -710,7 +725,7 @@ def sort_keys(values: Mapping[str, Any], options: Sequence[str] = ()) -> Keys:
     """
     nested = ("training", "of_the_model", "post_decoder", "idle")  # filled from keys of other names
     field_types = {field.name: field.type for field in dataclasses.fields(Recipe) if field.name not in nested}
-    training_keys = _training_keys()
+    arguments = training_keys()
     keys = Keys()
     settings: dict[str, Any] = {}
     with keys.faults:
@@ -732,11 +747,13 @@ def sort_keys(values: Mapping[str, Any], options: Sequence[str] = ()) -> Keys:
                 keys.idle[key] = "that is the case anyway"
             elif key in MODEL_CONFIG_KEYS:
                 keys.of_the_model[key] = coerce(key, value, MODEL_CONFIG_KEYS[key])
-            elif key in training_keys:
+            elif key in arguments:
                 # transformers declares fsdp as a string, but expects true.
-                keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])
+                keys.training[key] = value if key == "fsdp" else coerce(key, value, arguments[key])
             else:
-                valid = [*field_types, "post_decoder", *training_keys, *MODEL_CONFIG_KEYS, *options]
+                valid = [*field_types, "post_decoder", *arguments, *MODEL_CONFIG_KEYS, *options]
+                if meant := OTHER_NAMES.get(str(key)):
+                    raise RecipeError(f"There is no recipe key {key!r}.", f"It is {meant} in a recipe.")
                 hint = did_you_mean(str(key), valid, "`relook train RECIPE --help` and docs/recipes.md list all keys.")
                 raise RecipeError(f"There is no recipe key {key!r}.", hint)
     with keys.faults:
@@ -751,7 +768,8 @@ def _mapping(key: str, value: Any) -> Mapping[str, Any]:
 
 
 def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    # Here, since it loads transformers, which takes seconds: a mistake in a command is found without.
+    if not settings:  # torch, which takes seconds to load, is not needed to find a command's other mistakes
+        return {}
     from relook.model.post_decoder import PostDecoderSettings
 
     field_types = {field.name: field.type for field in dataclasses.fields(PostDecoderSettings)}
@@ -759,6 +777,17 @@ def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise RecipeError(f"post_decoder has no key {preview(unknown)}.", f"Its keys are {_settings_keys()}.")
     return {key: coerce(f"post_decoder.{key}", value, field_types[key]) for key, value in settings.items()}
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    if not settings:  # as in `_fit_settings`
+        return
+    from relook.model.post_decoder import PostDecoderSettings
+
+    try:
+        PostDecoderSettings(**settings)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
 
 
 def _settings_keys() -> str:

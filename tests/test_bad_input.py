@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,14 @@ def test_bad_records_are_dropped_counted_and_named(
         assert any(reason in account and name in account for account in accounts)
 
 
+@pytest.mark.parametrize("kind", [questions, descriptions, conversations])
+def test_an_empty_file_is_named(kind: Any, base: Path, world: Path, tmp_path: Path) -> None:
+    keys, path, records = kind(base, world, tmp_path)
+    path.write_text("{}" if isinstance(records, dict) or kind is descriptions else "[]")
+    with pytest.raises(DataError, match=f"No sample can be used. {path}: 0 samples"):
+        finished(keys, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("kind", "fault"), [(kind, fault) for kind, faults in ALL for fault in faults])
 def test_a_bad_record_is_refused(kind: Any, fault: str, base: Path, world: Path, tmp_path: Path) -> None:
     keys, path, records = kind(base, world, tmp_path)
@@ -168,6 +177,7 @@ def test_a_bad_image(reason: str, task: str, base: Path, world: Path, tmp_path: 
     assert reason in printed
     assert names[0] in printed
     assert not [name for name in names if name not in account]
+    assert max(len(re.findall(rf"{name}\b", printed)) for name in names) == 1  # not twice as in the data
     with pytest.raises(DataError, match=reason) as refused:
         train(build_recipe({**keys, "on_bad": "error", "output_dir": tmp_path / "strict"}))
     assert names[0] in str(refused.value)

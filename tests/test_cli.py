@@ -18,6 +18,7 @@ import yaml
 from helpers.command import Command, Ended
 from helpers.tiny import dpo_keys
 
+from relook.console import progress
 from relook.errors import RelookError
 from relook.evaluate.results import AnswerFile
 from relook.files import atomic_file, write_json, write_jsonl, writes_alone
@@ -263,6 +264,45 @@ def test_what_is_written_may_not_be_a_folder(relook: Command, tmp_path: Path) ->
     relook("score", "pope", *files).mistake(f"{tmp_path} is a folder")
 
 
+def test_what_other_commands_call_a_setting_is_told_its_name(relook: Command) -> None:
+    said = relook("train", "head", "--model", "m", "--out", "o", "--dtype", "bfloat16")
+    said.mistakes("It is model_name_or_path in", "It is output_dir in", "It is bf16 or fp16 in")
+    relook("eval", "pope", "--model_name_or_path", ".", "--output_dir", "o").mistakes("mean --model?", "mean --out?")
+
+
+@pytest.mark.parametrize(("command", "option"), [("mine", "--temperature"), ("estimate", "--tflops")])
+def test_an_option_is_a_finite_number(relook: Command, command: str, option: str) -> None:
+    relook(command, option, "nan").mistakes(f"{option} is nan")
+
+
+def test_a_wrong_name_is_found_without_torch() -> None:
+    asked = "import sys; from relook.cli.train import check_names\n"
+    asked += "try: check_names('hed', ['--model', 'm', '--max_steps', '2'])\n"
+    asked += "except Exception as error: print(error, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert "Did you mean head?" in done.stdout
+    assert done.stdout.endswith("False False\n")
+
+
+def test_a_training_run_has_no_report_but_evaluations(relook: Command, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("task: dpo")
+    relook("report", tmp_path).mistake("is a training run", f"relook eval pope chair --model {tmp_path}")
+
+
+def test_a_file_of_ambers_is_missed_where_the_documents_put_it(relook: Command, base: Path, tmp_path: Path) -> None:
+    ended = relook("eval", "amber", "--model", base, "--data", tmp_path, "--out", tmp_path / "out")
+    ended.mistake(f"{tmp_path / 'amber/data/query/query_all.json'} does not exist")
+
+
+def test_a_tower_may_lie_below_the_working_directory(
+    relook: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the original program finds the relative name in the model's config."""
+    monkeypatch.chdir(tiny / "vision_towers")
+    ended = relook("inspect", tiny / "ckpt_safetensors")
+    assert ended.status == 0, ended.err
+
+
 # --- endings
 
 
@@ -289,6 +329,18 @@ def test_ctrl_c_says_whether_the_same_command_goes_on(
     with pytest.raises(KeyboardInterrupt):
         job(tmp_path / "out")
     assert ("goes on from here" in capsys.readouterr().err) == has_answers
+
+
+@pytest.mark.parametrize(
+    ("made", "ready", "line"), [(600, 300, "600 in 0.0 s, 300 there already"), (0, 900, "900 there already")]
+)
+def test_what_an_earlier_run_left_is_counted(
+    made: int, ready: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress("scenes", ready) as report:
+        if made:
+            report(made, made)
+    assert capsys.readouterr().err.strip() == f"scenes: {line}"
 
 
 @pytest.mark.parametrize("write", [lambda path: path.write_text("{}"), lambda path: torch.save({}, path)])

@@ -315,6 +315,7 @@ def test_a_post_decoder_is_refused_with_the_reason(base: Path, tmp_path: Path) -
         assert isinstance(done.exception, RelookError), engine
         reason = "that have seen the whole image" if engine == "vllm" else "only its family's own layers"
         assert reason in str(done.exception)
+        assert str(done.exception).startswith(f"{pd} cannot run")  # not its base
         assert "relook serve" in done.exception.fix
         assert not (tmp_path / "out").exists()
 

@@ -32,7 +32,7 @@ from relook.evaluate.results import AnswerFile
 from relook.evaluate.tasks.chair import Mention, Vocabulary, coco_vocabulary, mentions
 from relook.evaluate.tasks.pope import official_parse, question_text
 from relook.files import read_json, write_json
-from relook.mine import jobs, output, pairs, pictures
+from relook.mine import candidates, jobs, output, pairs, pictures
 from relook.mine.candidates import STILL_FALSE, balance_answers, co_occurrence, find_pairs, weighted_sample
 from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.pairs import (
@@ -329,6 +329,13 @@ def test_hashes_of_scenes_do_not_meet_and_all_that_are_near_are_found() -> None:
         assert not looks.near(near ^ (1 << bits[0]))
 
 
+def test_answers_that_are_neither_yes_nor_no_are_counted(world: Path) -> None:
+    picture = read_pictures(world / "vg", "vg").pictures[0]
+    questions = [candidates.ProbeQuestion(picture, "cup", True)] * 4
+    records = candidates.question_records(questions, ["Yes.", "No.", "▁▁", "The table is brown."])
+    assert candidates.question_summary(records, []) == {"asked": 4, "wrong": 1, "unreadable": 2, "pairs": 0}
+
+
 def excluded_names(path: Path) -> frozenset[str]:
     return frozenset[str]().union(*pictures.excluded_images(path))
 
@@ -469,7 +476,7 @@ def test_what_is_mined_from_known_answers(said: list[tuple[Path, str]], kitchen:
     assert pairs["3"]["chosen"][0].startswith("There is a bed.") != pairs["3"]["chosen"][0].endswith("There is a bed.")
     assert any(line in pairs["3"]["chosen"][0] for line in NEUTRAL)
 
-    assert card["questions"] == {"asked": 8, "wrong": 4, "pairs": 8}
+    assert card["questions"] == {"asked": 8, "wrong": 4, "unreadable": 0, "pairs": 8}
     records = read_json(out / "pope_data.json")
     questions = {question_text(name): name for name in OBJECTS}
     for record in records:
@@ -526,7 +533,7 @@ def test_mistakes_of_a_user(kitchen: Path, tmp_path: Path, said: object) -> None
     apart_from = MiningSource(kitchen, "vg", exclude=[shown.parent])
     mine_pairs(shipped_base(), apart_from, tmp_path / "apart", how)
     save(tmp_path / "shown" / "b.jpg", 2)
-    with pytest.raises(RecipeError, match="another exclude_hash"):
+    with pytest.raises(RecipeError, match=r"another exclude \(its files"):
         mine_pairs(shipped_base(), apart_from, tmp_path / "apart", how)
     (tmp_path / "synonyms.json").write_text('{"unicorn": ["horse"]}')
     with pytest.raises(DataError, match="unicorn"):

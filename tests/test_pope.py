@@ -440,6 +440,6 @@ def test_questions_of_other_settings_are_not_replaced(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.json", records)
     build_pope_files(file, tmp_path / "out", 3)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(RecipeError, match="questions made with another images, image_list"):
+    with pytest.raises(RecipeError, match=r"questions made with another images \(3, not 4\), image_list"):
         build_pope_files(file, tmp_path / "out", 4)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -8,9 +8,18 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from relook.errors import RecipeError
-from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides, read_yaml_or_shipped, shipped_names
+from relook.recipe import (
+    Recipe,
+    build_recipe,
+    load_recipe,
+    parse_overrides,
+    read_yaml_or_shipped,
+    shipped_names,
+    training_keys,
+)
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
@@ -101,7 +110,13 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
         ("lm_head_lr", "slow", "float"),
         ("beta", None, "float"),
         ("vg_path", None, "str"),
-        ("lora_r", float("inf"), "int"),
+        ("lora_r", float("inf"), "finite"),
+        ("beta", "nan", "finite"),
+        ("learning_rate", float("inf"), "finite"),
+        ("max_grad_norm", "inf", "finite"),
+        ("loss_type", {"sigmoid": float("inf")}, "finite"),
+        ("lr_scheduler_kwargs", {"min_lr": float("nan")}, "finite"),
+        ("post_decoder.mlp_size", float("nan"), "finite"),
         ("post_decoder.depth", "two", "int"),
         ("post_decoder.align", None, "str"),
     ],
@@ -109,6 +124,11 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
 def test_a_value_of_the_wrong_type(key: str, value: Any, kind: str) -> None:
     with pytest.raises(RecipeError, match=f"{key} is .*{kind}"):
         build_recipe({**DPO, key: value})
+
+
+def test_training_arguments_are_those_that_transformers_has() -> None:
+    """relook reads them from its source, without importing it."""
+    assert [*training_keys()] == [field.name for field in dataclasses.fields(TrainingArguments)]
 
 
 @pytest.mark.parametrize(

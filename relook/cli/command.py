@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from relook.errors import Faults, RecipeError, did_you_mean, most_similar
+from relook.flags import OTHER_NAMES
 
 START = "Start here"  # the panel of commands for the first hour
 
@@ -81,10 +82,12 @@ class Command(TyperCommand):
                     faults.errors.append(as_recipe_error(error, ctx))
                     del words[index]
                     continue
-                faults.errors.append(
-                    RecipeError(f"There is no option {name}.", did_you_mean(name, options, _help_hint(ctx)))
-                )
-                if meant := most_similar(name, options):
+                # First what recipes call it: it resembles other options more.
+                of_recipes = next((f"--{word}" for word, key in OTHER_NAMES.items() if f"--{key}" == name), None)
+                similar = of_recipes if of_recipes in options else most_similar(name, options)
+                hint = f"Did you mean {similar}?" if similar else _help_hint(ctx)
+                faults.errors.append(RecipeError(f"There is no option {name}.", hint))
+                if meant := similar:
                     words[index] = meant + words[index].removeprefix(str(name))
                 else:  # together with what looks like its value
                     followed = index + 1 < len(words) and "=" not in words[index] and words[index + 1][:1] != "-"

@@ -98,7 +98,7 @@ def chat(
     image: Annotated[Path | None, input_option("The picture to talk about; /image FILE shows another.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0, max=2)] = 0.0,
     top_p: Annotated[float, typer.Option(help="The smallest set of tokens that is as likely.", min=0, max=1)] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "--max-new-tokens", help="Longest answer.", min=1)] = 512,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     version: Version = "",
     adapter: Adapter = None,

@@ -9,6 +9,7 @@ import typer
 from relook.cli.command import START, App, RecipeCommand, print_result
 from relook.cli.options import (
     BY,
+    Adapter,
     AsJson,
     By,
     Device,
@@ -16,6 +17,7 @@ from relook.cli.options import (
     Engine,
     EngineArgs,
     MiningOptions,
+    Tower,
     completion,
     input_option,
 )
@@ -62,8 +64,7 @@ def check_names(
             file = read_yaml_or_shipped(name, kind)
     values, odd = read_overrides(keys)
     faults.errors += odd.errors
-    # The command fails anyway, so the seconds are well spent on finding the rest of what is wrong.
-    if (faults.errors or options) and kind == "recipe":
+    if kind == "recipe":
         with faults:
             if file and complete:
                 build_recipe({**file, **values})
@@ -137,8 +138,7 @@ def estimate(
     """
     options = [option.removeprefix("--") for parameter in context.command.params for option in parameter.opts]
     faults, assumed = Faults(), None
-    with faults:
-        check_names(recipe, context.args, complete=False, options=options)
+    check_names(recipe, context.args, complete=False, options=options)
     from relook.estimate.run import AssumedData, check_hardware, estimate_command, print_estimate
 
     with faults:
@@ -165,6 +165,8 @@ def align(
     ] = 0.0,
     by: By = BY[1],
     seed: Annotated[int, typer.Option(help="Seed of sampling, and of training.")] = 0,
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
     dtype: Dtype = "float32",
     device: Device = "",
     engine: Engine = "",
@@ -183,7 +185,9 @@ def align(
     keys = {**parse_overrides(context.args), "seed": seed}
     if mining.version:
         keys["version"] = mining.version
-    adapter, tower = (Path(keys[key]) if keys.get(key) else None for key in ("adapter_name_or_path", "vision_tower"))
+    parts = {"adapter_name_or_path": adapter, "vision_tower": vision_tower}
+    keys |= {key: str(path) for key, path in parts.items() if path}
+    adapter, tower = (Path(keys[key]) if keys.get(key) else None for key in parts)
     page = align(
         model,
         mining.source(),

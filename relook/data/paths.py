@@ -51,7 +51,7 @@ def shr_file(folder: Path, name: str) -> Path:
 
 def amber_file(folder: Path, name: str) -> Path:
     """Return one of AMBER's files, `data/...` in its repository."""
-    return first_existing(_amber(folder), f"data/{name}", name)
+    return first_existing(folder, *(f"{prefix}{name}" for prefix in ("amber/data/", "amber/", "data/", "")))
 
 
 def amber_images(folder: Path) -> Path:

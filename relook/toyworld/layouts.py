@@ -15,7 +15,7 @@ from typing import Any
 from relook.errors import DataError
 from relook.evaluate.tasks.build_pope import build_splits
 from relook.evaluate.tasks.shr import EXACT, FACTS, IMAGES
-from relook.files import atomic_file, read_json, write_json, write_jsonl
+from relook.files import atomic_file, read_json, read_json_object, write_json, write_jsonl
 from relook.toyworld.world import (
     IMAGE_SIZE,
     OBJECTS,
@@ -208,6 +208,11 @@ def _draw_all(
         if progress is not None:
             progress(number, count)
     return drawn
+
+
+def is_finished(folder: Path) -> bool:
+    """Return True if a part of a world has been written to its end."""
+    return bool(read_json_object(folder / MARKER, optional=True).get("finished"))
 
 
 def _begin(folder: Path, split: str, seed: int, scenes: int) -> bool:

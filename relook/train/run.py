@@ -411,7 +411,7 @@ def read_samples(recipe: Recipe) -> Samples:
     """
     samples, report = _read_files(recipe)
     if not samples:
-        raise DataError("There is no sample to train on.", report.summary())
+        raise DataError("No sample can be used.", report.summary())
     if recipe.rates_answers:
         samples = rated_answers(samples)
         return samples, replace(report, used=len(samples))
