@@ -32,7 +32,7 @@ from relook.mine.pictures import KINDS
 from relook.model.export import WRITERS
 from relook.recipe import Recipe, build_recipe, load_recipe, read_yaml_or_shipped, shipped_names
 from relook.recipe_help import TRAINING_SECTION, describe_keys, shipped_description, shipped_recipes
-from relook.report.score_table import print_scores, score_rows, write_table
+from relook.report.score_table import find_evaluations, print_scores, score_rows, write_table
 from relook.train.run import train
 from relook.train.summary import ProgressCallback, run_summary
 
@@ -278,13 +278,13 @@ def test_the_notes_table_is_made_of_any_number_of_evaluations(evaluations: list[
     corrected = score_rows(evaluations)[3]
     assert (corrected["Split"], corrected["Accuracy"], corrected["Regime"]) == ("RePOPE random", "50.00", "base")
     # A folder above them gives them all.
-    assert {row["Folder"] for row in score_rows([tmp_path / "eval"])} == set(map(str, evaluations))
+    assert {row["Folder"] for row in score_rows(find_evaluations([tmp_path / "eval"]))} == set(map(str, evaluations))
 
 
 def test_the_notes_table_as_text_markdown_and_file(relook: Command, evaluations: list[Path], tmp_path: Path) -> None:
     text = relook("report", "--table", *evaluations).out
+    assert [line.split()[0] for line in text.splitlines()[1::3]] == ["base", "tuned", "checkpoint"]
     assert "87.50" in text
-    assert "tuned" not in text  # what was trained tells the evaluations apart
     out = tmp_path / "table.md"
     markdown = relook("report", "--table", *evaluations, "--format", "markdown", "--out", out).out.splitlines()
     assert markdown[1] == "| " + " | ".join(["---"] * 14) + " |"
@@ -293,6 +293,25 @@ def test_the_notes_table_as_text_markdown_and_file(relook: Command, evaluations:
     relook("report", "--table", tmp_path / "runs", ROOT / "docs").mistakes(
         f"{tmp_path / 'runs'} holds no finished evaluation", f"{ROOT / 'docs'} holds no finished evaluation"
     )
+
+
+def test_the_notes_table_shows_settings_that_differ_and_passes_over_comparisons(
+    relook: Command, evaluations: list[Path], tmp_path: Path
+) -> None:
+    for folder, dtype in zip(evaluations, ("bfloat16", "float32", "float32"), strict=True):
+        record = json.loads((folder / "eval.json").read_text())
+        write_json(folder / "eval.json", {**record, "dtype": dtype, "template": "v1"})
+    write_json(tmp_path / "eval" / "base-tuned" / "comparison.json", {})
+    unclear = {"random": {**POPE["random"], "unclear": 50, "n": 100}}
+    write_json(evaluations[0] / "pope.json", {**unclear, "provenance": {}})
+    shown = relook("report", "--table", "--format", "csv", *sorted((tmp_path / "eval").iterdir()))
+    rows = list(csv.DictReader(io.StringIO(shown.out)))
+    assert {row["Folder"]: row["dtype"] for row in rows} == {
+        str(folder): dtype for folder, dtype in zip(evaluations, ("bfloat16", "float32", "float32"), strict=True)
+    }
+    assert "template" not in rows[0]
+    assert f"50 of 100 of {evaluations[0]}" in shown.err
+    relook("report", "--table", tmp_path / "eval" / "base-tuned").mistakes("only comparisons")
 
 
 def test_a_sweep_ends_in_its_results_or_the_table(

@@ -81,6 +81,11 @@ class AnswerFile:
 # Where a number comes from: what every result records under `provenance`.
 
 EVAL_FILE = "eval.json"  # what `relook eval` notes beside its answers
+COMPARISON_FILE = "comparison.json"  # what `relook report A B` writes
+# What such a record says about model, data and occasion; all else is a setting that answers depend on.
+NOT_SETTINGS = (
+    "model", "model_hash", "adapter", "adapter_hash", "vision_tower", "vision_tower_hash", "data", "versions", "date",
+)  # fmt: skip
 LIBRARIES = ("torch", "transformers", "tokenizers", "Pillow", "numpy")
 
 
