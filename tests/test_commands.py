@@ -350,23 +350,29 @@ def test_a_log_file_gets_a_line_per_log_step(capsys: pytest.CaptureFixture[str],
 
 def test_a_summary_says_what_was_trained_and_what_to_do_next(tmp_path: Path) -> None:
     places = {"task": "dpo", "model_name_or_path": "m", "vg_path": "v", "pope_data_path": "p", "tune_lm_head": True}
-    recipe = build_recipe({**places, "output_dir": "o", "eval_fraction": 0.1})
+    recipe = build_recipe({**places, "output_dir": "o", "eval_fraction": 0.1, "bf16": True})
     log = [
         {"loss": 0.7, "step": 10},
         {"eval_loss": 0.5, "eval_rewards/accuracies": 0.8, "step": 10},
         {"loss": 0.4, "step": 20},
         {"eval_loss": 0.6, "step": 20},
-        {"train_loss": 0.5, "step": 20},
+        {"train_loss": 0.5, "step": 20, "epoch": 0.2591},
     ]
     out = tmp_path / "a run"
     write_json(out / "run.json", {"seconds": 3725.2, "samples": 1234, "log": log})
     assert run_summary(recipe, out).splitlines() == [
-        "trained: head by DPO, 1,234 pairs, 20 steps in 1 h 02 min",
+        "trained: head by DPO, 20 steps over 1,234 pairs (0.259 epochs), in 1 h 02 min",
         f"folder:  {out}",
         "best:    step 10: loss 0.5000, accuracy 0.80 (held out)",
         "last:    step 20: loss 0.4000",
-        f"next:    relook eval pope chair --model '{out}' --data DATA --out '{out}-eval'",
+        f"next:    relook eval pope chair --model '{out}' --data DATA --out '{out}-eval' --dtype bfloat16",
     ]
+    still = {"loss": 0.6929, "rewards/margins": 0.0005, "step": 20}
+    for line, noticed in ((still, True), ({**still, "loss": 0.68, "rewards/margins": 0.02}, False)):
+        write_json(out / "run.json", {"seconds": 3.0, "samples": 9, "log": [line]})
+        text = run_summary(recipe, out)
+        assert ("still ln 2" in text) == noticed
+        assert "best:" not in text  # the lowest loss of a batch is none
 
 
 # --- the package
