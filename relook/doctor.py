@@ -116,9 +116,19 @@ def _libraries() -> Iterator[CheckResult]:
     project = _project()
     for text in project["dependencies"]:
         yield _library(text, "", FAIL, FAIL)
+    # A library of several extras is checked once, for the first of them.
+    seen = {"relook", *(_name(text) for text in project["dependencies"])}
     for extra, texts in project["optional-dependencies"].items():
-        if extra != "dev":
-            yield from (_library(text, extra, NOTE, WARN) for text in texts if not text.startswith("relook"))
+        for text in texts:
+            if extra != "dev" and _name(text) not in seen:
+                seen.add(_name(text))
+                yield _library(text, extra, NOTE, WARN)
+
+
+def _name(requirement: str) -> str:
+    from packaging.requirements import Requirement
+
+    return Requirement(requirement).name
 
 
 def _library(text: str, extra: str, absent: str, outside: str) -> CheckResult:
@@ -141,7 +151,7 @@ def _torch() -> Iterator[CheckResult]:
     import torch
 
     cuda = torch.version.cuda or torch.version.hip
-    yield CheckResult("torch", OK, f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'without CUDA'}")
+    yield CheckResult("torch build", OK, f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'without CUDA'}")
 
 
 def _gpu() -> Iterator[CheckResult]:
