@@ -6,7 +6,6 @@ unexpected error reports it, and the others go on.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -306,8 +305,6 @@ def _browser() -> Iterator[CheckResult]:
     yield CheckResult(
         "chromium", OK if browser else NOTE, browser or "not installed", "" if browser else "Only for tests of pages."
     )
-    gradio = importlib.util.find_spec("gradio") is not None
-    yield CheckResult("gradio", OK if gradio else NOTE, "installed" if gradio else "not installed")
 
 
 # ----------------------------------------------------------------------------------------------------

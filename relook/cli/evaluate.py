@@ -186,7 +186,7 @@ def score(
         write_json(json_out, result)
     from relook.report.score_table import print_scores
 
-    print_result(result, to_stdout, lambda result: print_scores({benchmark: result}))
+    print_result(result, to_stdout or None, lambda result: print_scores({benchmark: result}))
 
 
 @app.command()
