@@ -204,10 +204,13 @@ def test_the_recipe_of_llavas_mix_is_its_script_and_trains(base: Path, world: Pa
 
 def test_programs_get_json_and_people_tables(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     shown: list[Any] = []
-    print_result({"a": 1}, False, shown.append)
+    print_result({"a": 1}, None, shown.append)
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+    print_result({"a": 1}, False, shown.append)  # --text
+    assert (capsys.readouterr().out, shown) == ("", [{"a": 1}])
+    shown.clear()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    print_result({"a": 1}, False, shown.append)
+    print_result({"a": 1}, None, shown.append)
     assert (capsys.readouterr().out, shown) == ("", [{"a": 1}])
     print_result({"a": 1}, True, shown.append)
     assert json.loads(capsys.readouterr().out) == {"a": 1}

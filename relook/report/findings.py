@@ -39,8 +39,7 @@ def headline(name: str, base: Mapping[str, Any], paired: Mapping[str, Any], refe
     if "pope" in paired:
         answers = paired["pope"][HARDEST]
         if is_clear(answers):
-            more = "more" if verdict(answers, 1) == "better" else "fewer"
-            clauses.append(f"answers {more} {HARDEST} questions right")
+            clauses.append(f"answers {'more' if answers['difference'] > 0 else 'fewer'} {HARDEST} questions right")
         elif not clauses:
             clauses.append(f"shows no clear change in answers to {HARDEST} questions")
     return f"{name} {' and '.join([', '.join(clauses[:-1]), clauses[-1]] if clauses[1:] else clauses)}"
@@ -115,19 +114,19 @@ def against_control(name: str, paired: Mapping[str, Any]) -> str:
     return f"{part}, with this one seed, {conclusion}: against the control, {control}, {numbers}."
 
 
-def unclear_answers(named: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def unclear_answers(scores_by_name: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a warning if yes/no answers are so often unclear that rates say little; nothing otherwise.
 
     Args:
-        named: scores by the name of what they are of: evaluations, benchmarks.
+        scores_by_name: scores by the name of what they are of: evaluations, benchmarks.
     """
-    counts = {name: unclear_counts(scores) for name, scores in named.items()}
-    many = [
-        f"{unclear:,} of {asked:,} of {name}"
-        for name, (unclear, asked) in counts.items()
-        if unclear > MANY_UNCLEAR * asked
+    counts = {name: unclear_counts(scores) for name, scores in scores_by_name.items()}
+    shares = [
+        f"{unclear:,} of {answers:,} of {name}"
+        for name, (unclear, answers) in counts.items()
+        if unclear > MANY_UNCLEAR * answers
     ]
-    return [f"Unclear yes/no answers: {', '.join(many)}. Do not trust their rates."] if many else []
+    return [f"Unclear yes/no answers: {', '.join(shares)}. Do not trust their rates."] if shares else []
 
 
 def unclear_counts(scores: Mapping[str, Any]) -> tuple[int, int]:
@@ -135,7 +134,7 @@ def unclear_counts(scores: Mapping[str, Any]) -> tuple[int, int]:
     if "unclear" in scores:
         return scores["unclear"], scores["n"]
     parts = [unclear_counts(part) for part in scores.values() if isinstance(part, Mapping)]
-    return sum(unclear for unclear, _ in parts), sum(asked for _, asked in parts)
+    return sum(unclear for unclear, _ in parts), sum(answers for _, answers in parts)
 
 
 def sweep_headline(rows: Sequence[Mapping[str, Any]]) -> str:
