@@ -136,13 +136,17 @@ def test_settings_that_differ_beside_the_models_are_named(
 ) -> None:
     first, second = pair
     write_comparison(first, second)
-    assert "Not only the models differ" not in capsys.readouterr().err  # the models' names and hashes do
+    assert "Settings differ" not in capsys.readouterr().err  # the models' names and hashes do
     for folder, dtype in zip(pair, ("bfloat16", "float32"), strict=True):
         write_json(folder / "eval.json", {**read_json(folder / "eval.json"), "dtype": dtype, "model_hash": dtype})
     page = write_comparison(first, second)
-    caution = "Not only the models differ: dtype of pope and chair is bfloat16 for first, float32 for second."
+    caution = "Settings differ: dtype of pope and chair is bfloat16 for first, float32 for second."
     assert caution in page.read_text()
     assert capsys.readouterr().err.strip() == caution
+    for folder in pair:
+        write_json(folder / "eval.json", {**read_json(folder / "eval.json"), "model_hash": "one"})
+    write_comparison(first, second)
+    assert "Both evaluations are of the same model." in capsys.readouterr().err
     with pytest.raises(RecipeError, match="Both evaluations are"):
         write_comparison(first, first)
 

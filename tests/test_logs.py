@@ -213,7 +213,7 @@ def test_a_warm_up_longer_than_the_run_is_no_training(
     keys = {"tune_lm_head": True, "warmup_steps": 5, "max_steps": 1}
     monkeypatch.setattr(run, "load_for_training", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(
-        RecipeError, match=r"No step would have a learning rate above 0: .* 1 steps for \d+ .*warm-up from 0 takes 5"
+        RecipeError, match=r"No step would have a learning rate above 0: .* 1 step for \d+ .*warm-up from 0 takes 5"
     ):
         train(build_recipe(made(base, world, tmp_path / "run", **keys)))
     assert not (tmp_path / "run" / "run.json").exists()

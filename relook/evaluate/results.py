@@ -83,9 +83,8 @@ class AnswerFile:
 EVAL_FILE = "eval.json"  # what `relook eval` notes beside its answers
 COMPARISON_FILE = "comparison.json"  # what `relook report A B` writes
 # What such a record says about model, data and occasion; all else is a setting that answers depend on.
-NOT_SETTINGS = (
-    "model", "model_hash", "adapter", "adapter_hash", "vision_tower", "vision_tower_hash", "data", "versions", "date",
-)  # fmt: skip
+MODEL_HASHES = ("model_hash", "adapter_hash", "vision_tower_hash")
+NOT_SETTINGS = (*MODEL_HASHES, "model", "adapter", "vision_tower", "data", "versions", "date")
 LIBRARIES = ("torch", "transformers", "tokenizers", "Pillow", "numpy")
 
 

@@ -12,7 +12,7 @@ from relook.data.paths import coco_images, resolve_extension
 from relook.errors import RecipeError
 from relook.evaluate.benchmark import ScoringInputs
 from relook.evaluate.compare import compare
-from relook.evaluate.results import COMPARISON_FILE, NOT_SETTINGS, data_folder_of
+from relook.evaluate.results import COMPARISON_FILE, MODEL_HASHES, NOT_SETTINGS, data_folder_of
 from relook.evaluate.tasks import BENCHMARKS, get_benchmark, get_benchmarks
 from relook.evaluate.tasks.chair import compare_coverage, instances_file, vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS
@@ -236,7 +236,7 @@ def describe_sources(both: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def differing_settings(sources: Mapping[str, Sequence[str]], names: Sequence[str]) -> list[str]:
-    """Return a sentence for each setting, such as the precision, that differs beside the models: no fair comparison.
+    """Return a sentence for each setting, such as the precision, that differs, and one if the models do not.
 
     Args:
         sources: of `describe_sources`.
@@ -247,8 +247,10 @@ def differing_settings(sources: Mapping[str, Sequence[str]], names: Sequence[str
         benchmark, _, key = source.partition(": ")
         if values[0] != values[1] and key not in NOT_SETTINGS:
             by_setting.setdefault((key, *values), []).append(benchmark)
-    return [
-        f"Not only the models differ: {key} of {' and '.join(benchmarks)} is {first or 'none'} for {names[0]}, "
+    hashes = [values for source, values in sources.items() if source.partition(": ")[2] in MODEL_HASHES]
+    same = ["Both evaluations are of the same model."] if hashes and all(a == b for a, b in hashes) else []
+    return same + [
+        f"Settings differ: {key} of {' and '.join(benchmarks)} is {first or 'none'} for {names[0]}, "
         f"{second or 'none'} for {names[1]}."
         for (key, first, second), benchmarks in by_setting.items()
     ]
