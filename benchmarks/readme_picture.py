@@ -65,7 +65,9 @@ def draw_example(card: dict[str, Any]) -> Image.Image:
     (grid, word), x = card["maps"][0], SIDE + TEXT + 3 * GAP
     layer = _open(heat(grid)).convert("RGBA").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     canvas.paste(Image.alpha_composite(picture.convert("RGBA"), layer), (x, GAP))
-    _write(draw, f"Where it looks before “{word}”", (x, GAP + SIDE + 8), QUIET, 0.8)
+    # Two lines: the tuned model looks when the base is about to say the word, and need not say it itself.
+    for line, text in enumerate(("Where the post decoder looks as", f"the base is about to say “{word}”")):
+        _write(draw, text, (x, GAP + SIDE + 8 + line * SIZE), QUIET, 0.8)
     return canvas
 
 

@@ -79,7 +79,6 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
         draw_world(paths, seed)
     with clock.phase("base"):
         model = find_base(paths, seed, rebuild, base)
-    with clock.phase("base evaluation"):
         evaluate_split(model, paths, "base")
     with clock.phase("mining"):
         mine_demo_pairs(model, paths, seed)

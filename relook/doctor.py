@@ -6,7 +6,6 @@ unexpected error reports it, and the others go on.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -116,9 +115,19 @@ def _libraries() -> Iterator[CheckResult]:
     project = _project()
     for text in project["dependencies"]:
         yield _library(text, "", FAIL, FAIL)
+    # A library of several extras is checked once, for the first of them.
+    seen = {"relook", *(_name(text) for text in project["dependencies"])}
     for extra, texts in project["optional-dependencies"].items():
-        if extra != "dev":
-            yield from (_library(text, extra, NOTE, WARN) for text in texts if not text.startswith("relook"))
+        for text in texts:
+            if extra != "dev" and _name(text) not in seen:
+                seen.add(_name(text))
+                yield _library(text, extra, NOTE, WARN)
+
+
+def _name(requirement: str) -> str:
+    from packaging.requirements import Requirement
+
+    return Requirement(requirement).name
 
 
 def _library(text: str, extra: str, absent: str, outside: str) -> CheckResult:
@@ -141,7 +150,7 @@ def _torch() -> Iterator[CheckResult]:
     import torch
 
     cuda = torch.version.cuda or torch.version.hip
-    yield CheckResult("torch", OK, f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'without CUDA'}")
+    yield CheckResult("torch build", OK, f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'without CUDA'}")
 
 
 def _gpu() -> Iterator[CheckResult]:
@@ -296,8 +305,6 @@ def _browser() -> Iterator[CheckResult]:
     yield CheckResult(
         "chromium", OK if browser else NOTE, browser or "not installed", "" if browser else "Only for tests of pages."
     )
-    gradio = importlib.util.find_spec("gradio") is not None
-    yield CheckResult("gradio", OK if gradio else NOTE, "installed" if gradio else "not installed")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -51,6 +51,9 @@ class KeyDescription:
 
 
 REQUIRED = "required"
+MEANINGS = {
+    "warmup_steps": "Steps of a linear warmup; below 1, their share of all steps"
+}  # transformers' help has half
 TRAINING_SECTION = "transformers' TrainingArguments"
 
 
@@ -91,6 +94,7 @@ def describe_keys() -> list[KeyDescription]:
         default = DEFAULTS.get(argument.name, default)
         # The first sentence; the rest is in transformers' documentation.
         meaning = re.split(r"(?<=[a-z)`])\. ", " ".join(argument.metadata.get("help", "").split()))[0].rstrip(".")
+        meaning = MEANINGS.get(argument.name, meaning)
         described.append(KeyDescription(argument.name, TRAINING_SECTION, kind.rpartition(".")[2], default, meaning))
     return described
 

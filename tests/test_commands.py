@@ -32,7 +32,7 @@ from relook.mine.pictures import KINDS
 from relook.model.export import WRITERS
 from relook.recipe import Recipe, build_recipe, load_recipe, read_yaml_or_shipped, shipped_names
 from relook.recipe_help import TRAINING_SECTION, describe_keys, shipped_description, shipped_recipes
-from relook.report.score_table import print_scores, score_rows, write_table
+from relook.report.score_table import find_evaluations, print_scores, score_rows, write_table
 from relook.train.run import train
 from relook.train.summary import ProgressCallback, run_summary
 
@@ -204,10 +204,13 @@ def test_the_recipe_of_llavas_mix_is_its_script_and_trains(base: Path, world: Pa
 
 def test_programs_get_json_and_people_tables(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     shown: list[Any] = []
-    print_result({"a": 1}, False, shown.append)
+    print_result({"a": 1}, None, shown.append)
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+    print_result({"a": 1}, False, shown.append)  # --text
+    assert (capsys.readouterr().out, shown) == ("", [{"a": 1}])
+    shown.clear()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    print_result({"a": 1}, False, shown.append)
+    print_result({"a": 1}, None, shown.append)
     assert (capsys.readouterr().out, shown) == ("", [{"a": 1}])
     print_result({"a": 1}, True, shown.append)
     assert json.loads(capsys.readouterr().out) == {"a": 1}
@@ -278,13 +281,13 @@ def test_the_notes_table_is_made_of_any_number_of_evaluations(evaluations: list[
     corrected = score_rows(evaluations)[3]
     assert (corrected["Split"], corrected["Accuracy"], corrected["Regime"]) == ("RePOPE random", "50.00", "base")
     # A folder above them gives them all.
-    assert {row["Folder"] for row in score_rows([tmp_path / "eval"])} == set(map(str, evaluations))
+    assert {row["Folder"] for row in score_rows(find_evaluations([tmp_path / "eval"]))} == set(map(str, evaluations))
 
 
 def test_the_notes_table_as_text_markdown_and_file(relook: Command, evaluations: list[Path], tmp_path: Path) -> None:
     text = relook("report", "--table", *evaluations).out
+    assert [line.split()[0] for line in text.splitlines()[1::3]] == ["base", "tuned", "checkpoint"]
     assert "87.50" in text
-    assert "tuned" not in text  # what was trained tells the evaluations apart
     out = tmp_path / "table.md"
     markdown = relook("report", "--table", *evaluations, "--format", "markdown", "--out", out).out.splitlines()
     assert markdown[1] == "| " + " | ".join(["---"] * 14) + " |"
@@ -293,6 +296,25 @@ def test_the_notes_table_as_text_markdown_and_file(relook: Command, evaluations:
     relook("report", "--table", tmp_path / "runs", ROOT / "docs").mistakes(
         f"{tmp_path / 'runs'} holds no finished evaluation", f"{ROOT / 'docs'} holds no finished evaluation"
     )
+
+
+def test_the_notes_table_shows_settings_that_differ_and_passes_over_comparisons(
+    relook: Command, evaluations: list[Path], tmp_path: Path
+) -> None:
+    for folder, dtype in zip(evaluations, ("bfloat16", "float32", "float32"), strict=True):
+        record = json.loads((folder / "eval.json").read_text())
+        write_json(folder / "eval.json", {**record, "dtype": dtype, "template": "v1"})
+    write_json(tmp_path / "eval" / "base-tuned" / "comparison.json", {})
+    unclear = {"random": {**POPE["random"], "unclear": 50, "n": 100}}
+    write_json(evaluations[0] / "pope.json", {**unclear, "provenance": {}})
+    shown = relook("report", "--table", "--format", "csv", *sorted((tmp_path / "eval").iterdir()))
+    rows = list(csv.DictReader(io.StringIO(shown.out)))
+    assert {row["Folder"]: row["dtype"] for row in rows} == {
+        str(folder): dtype for folder, dtype in zip(evaluations, ("bfloat16", "float32", "float32"), strict=True)
+    }
+    assert "template" not in rows[0]
+    assert f"50 of 100 of {evaluations[0]}" in shown.err
+    relook("report", "--table", tmp_path / "eval" / "base-tuned").mistakes("only comparisons")
 
 
 def test_a_sweep_ends_in_its_results_or_the_table(
@@ -331,23 +353,29 @@ def test_a_log_file_gets_a_line_per_log_step(capsys: pytest.CaptureFixture[str],
 
 def test_a_summary_says_what_was_trained_and_what_to_do_next(tmp_path: Path) -> None:
     places = {"task": "dpo", "model_name_or_path": "m", "vg_path": "v", "pope_data_path": "p", "tune_lm_head": True}
-    recipe = build_recipe({**places, "output_dir": "o", "eval_fraction": 0.1})
+    recipe = build_recipe({**places, "output_dir": "o", "eval_fraction": 0.1, "bf16": True})
     log = [
         {"loss": 0.7, "step": 10},
         {"eval_loss": 0.5, "eval_rewards/accuracies": 0.8, "step": 10},
         {"loss": 0.4, "step": 20},
         {"eval_loss": 0.6, "step": 20},
-        {"train_loss": 0.5, "step": 20},
+        {"train_loss": 0.5, "step": 20, "epoch": 0.2591},
     ]
     out = tmp_path / "a run"
     write_json(out / "run.json", {"seconds": 3725.2, "samples": 1234, "log": log})
     assert run_summary(recipe, out).splitlines() == [
-        "trained: head by DPO, 1,234 pairs, 20 steps in 1 h 02 min",
+        "trained: head by DPO, 20 steps over 1,234 pairs (0.259 epochs), in 1 h 02 min",
         f"folder:  {out}",
         "best:    step 10: loss 0.5000, accuracy 0.80 (held out)",
         "last:    step 20: loss 0.4000",
-        f"next:    relook eval pope chair --model '{out}' --data DATA --out '{out}-eval'",
+        f"next:    relook eval pope chair --model '{out}' --data DATA --out '{out}-eval' --dtype bfloat16",
     ]
+    still = {"loss": 0.6929, "rewards/margins": 0.0005, "step": 20}
+    for line, noticed in ((still, True), ({**still, "loss": 0.68, "rewards/margins": 0.02}, False)):
+        write_json(out / "run.json", {"seconds": 3.0, "samples": 9, "log": [line]})
+        text = run_summary(recipe, out)
+        assert ("still ln 2" in text) == noticed
+        assert "best:" not in text  # the lowest loss of a batch is none
 
 
 # --- the package

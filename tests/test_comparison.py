@@ -126,7 +126,29 @@ def test_a_rate_of_nothing_is_a_dash(pair: tuple[Path, Path], data: Path) -> Non
     text = page.read_text()
     row = text.split('aria-label="POPE, random"')[1].split('popovertarget="term-pope.precision"')[1].split("</tr>")[0]
     assert row.count("–") == 2  # the second model's, and the difference
-    assert "no clear change" in row
+    assert "undefined" in row
+    assert "cannot be judged by invented objects against first" in text
+    assert "There is none: the captions of one model or both name no object" in text
+
+
+def test_settings_that_differ_beside_the_models_are_named(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = pair
+    write_comparison(first, second)
+    assert "Settings differ" not in capsys.readouterr().err  # the models' names and hashes do
+    for folder, dtype in zip(pair, ("bfloat16", "float32"), strict=True):
+        write_json(folder / "eval.json", {**read_json(folder / "eval.json"), "dtype": dtype, "model_hash": dtype})
+    page = write_comparison(first, second)
+    caution = "Settings differ: dtype of pope and chair is bfloat16 for first, float32 for second."
+    assert caution in page.read_text()
+    assert capsys.readouterr().err.strip() == caution
+    for folder in pair:
+        write_json(folder / "eval.json", {**read_json(folder / "eval.json"), "model_hash": "one"})
+    write_comparison(first, second)
+    assert "Both evaluations are of the same model." in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="Both evaluations are"):
+        write_comparison(first, first)
 
 
 def test_what_models_and_people_wrote_is_shown_as_text(pair: tuple[Path, Path]) -> None:

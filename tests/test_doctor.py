@@ -31,6 +31,8 @@ def test_the_environment_of_the_tests_is_healthy(relook: Command) -> None:
     report = json.loads(ended.out)
     failures = [one for one in report["findings"] if one["state"] == FAIL]
     assert (ended.status, report["healthy"], failures) == (0, True, [])
+    names = [one["check"].partition(" [")[0] for one in report["findings"]]
+    assert len(names) == len(set(names))  # no library twice
     checks = {one["check"] for one in report["findings"]}
     assert {"Python", "torch", "transformers", "bf16", "FlexAttention", "disk", "HF cache", "CPU", "NCCL"} <= checks
 

@@ -51,7 +51,10 @@ def paired(invented: Any, found: Any, answers: Any) -> dict[str, Any]:
             (UP, UNCLEAR, DOWN),
             "It invents 16 % more objects in its captions and answers fewer adversarial questions right",
         ),
-        ((difference(None), UNCLEAR, UNCLEAR), "It shows no clear change in invented objects"),
+        (
+            (difference(None), UNCLEAR, UNCLEAR),
+            "It cannot be judged by invented objects, as captions of one or both name none",
+        ),
     ],
 )
 def test_a_headline_says_what_the_intervals_allow(differences: tuple[Any, Any, Any], expected: str) -> None:
@@ -72,17 +75,51 @@ def test_details_have_signs_intervals_and_verdicts() -> None:
     assert third.startswith("Right answers to yes/no questions: adversarial +4.0 points [+1.0, +7.0], better; popular")
 
 
-def test_the_control_is_judged_by_both_measures() -> None:
-    assert "adds nothing that this test can see" in findings.against_control(
-        "nll_control", paired(UNCLEAR, UP, UNCLEAR)
-    )
-    assert "makes a difference" in findings.against_control("nll_control", paired(DOWN, UP, UNCLEAR))
+def test_captions_that_name_nothing_have_no_share_of_inventions() -> None:
+    silent = {"chair": {"chair_i": None, "recall": 0.0}}
+    sentences = [
+        findings.details(now, before, paired(difference(None), UNCLEAR, UNCLEAR))[0]
+        for now, before in ((silent, silent), (silent, BASE), (BASE, silent))
+    ]
+    assert sentences == [
+        "The model's and the reference's captions name no object.",
+        "The model's captions name no object; of the reference's objects, 25.0 % are not in the picture.",
+        "The reference's captions name no object; of the model's objects, 25.0 % are not in the picture.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("invented", "answers", "conclusion"),
+    [
+        (UNCLEAR, UNCLEAR, "adds nothing that this test can see"),
+        (DOWN, UP, "helps by both measures"),
+        (UNCLEAR, UP, "helps by one measure of two, which is no proof that it helps"),
+        (UP, UNCLEAR, "does harm by one measure of two"),
+        (UP, UP, "helps by one measure and does harm by the other"),
+        (difference(None), UP, "cannot be judged by both measures"),
+    ],
+)
+def test_the_control_is_judged_by_both_measures_and_one_seed(invented: Any, answers: Any, conclusion: str) -> None:
+    sentence = findings.against_control("nll_control", paired(invented, UP, answers))
+    assert f"The preference term, with this one seed, {conclusion}" in sentence
+
+
+def test_many_unclear_answers_are_a_caution() -> None:
+    def split(unclear: int) -> dict[str, Any]:
+        return {"pope": {"random": {"unclear": unclear, "n": 100}, "provenance": {}}, "chair": {"n": 100}}
+
+    assert findings.unclear_answers({"A": split(5), "B": split(0)}) == []
+    assert findings.unclear_answers({"A": split(5), "B": split(6)}) == [
+        "Unclear yes/no answers: 6 of 100 of B. Do not trust their rates."
+    ]
+    assert findings.unclear_answers({"POPE": split(6)["pope"]})  # of one benchmark
+    assert findings.unclear_answers({"CHAIR": {"n": 100}}) == []
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([(0.1, 0.2), (-0.1, 0.9)], "None of 2 variants clearly changes how many adversarial questions"),
+        ([(0.1, 0.2), (-0.1, 0.9), (0, 0.01)], "None of 3 variants clearly changes how many adversarial questions"),
         (
             [(0.1, 0.01), (-0.1, 0.01)],
             "Of 2 variants, 1 answers more adversarial questions right than the base, 1 fewer",
@@ -91,19 +128,33 @@ def test_the_control_is_judged_by_both_measures() -> None:
     ],
 )
 def test_a_sweeps_headline_counts_corrected_p_values(rows: list[tuple[float, float]], expected: str) -> None:
-    results = [{"paired": {"pope": {"adversarial": {"difference": d, "mcnemar_p_holm": p}}}} for d, p in rows]
+    results = [
+        {"paired": {"pope": {"adversarial": {**difference(d, 0.5 * d, 2 * d), "mcnemar_p_holm": p}}}} for d, p in rows
+    ]
     assert findings.sweep_headline(results).startswith(expected)
 
 
 def test_verdicts_follow_the_direction_of_the_metric() -> None:
     assert [verdict(DOWN, better) for better in (1, -1, 0)] == ["worse", "better", "changed"]
-    assert verdict(difference(0.1, 0.0, 0.2), 1) == verdict(difference(None), 1) == "no clear change"
+    assert verdict(difference(0.1, 0.0, 0.2), 1) == "no clear change"
+    assert verdict(difference(None), 1) == "undefined"
+
+
+def test_a_difference_is_clear_where_interval_and_corrected_p_value_agree() -> None:
+    clear = [
+        verdict({**UP, **p}, 1) == "better"
+        for p in ({"mcnemar_p": 0.04}, {"mcnemar_p": 0.05}, {"mcnemar_p": 0.01, "mcnemar_p_holm": 0.06})
+    ]
+    assert clear == [True, False, False]
+    assert verdict({**UNCLEAR, "mcnemar_p": 0.01}, 1) == "no clear change"
 
 
 def test_numbers_as_people_write_them() -> None:
     assert change(DOWN) == "−20.0 [−25.0, −15.0]"
     assert (decimal(None), decimal(-0.0001, 100), decimal(0.5, 100, "+")) == ("–", "0.0", "+50.0")
     assert bracket(None) == ""
+    assert bracket([-0.26, -0.04]) == "[−0.26, −0.04]"  # not −0.0: it excludes 0
+    assert bracket([-0.26, 0.0]) == "[−0.3, 0.0]"
 
 
 def test_the_best_value_depends_on_the_metric() -> None:

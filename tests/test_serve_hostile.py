@@ -133,6 +133,18 @@ def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b'{"model": ', "The body is not JSON: Expecting value."),
+        (b'{"model": "tuned", "temperature": NaN}', "The body is not JSON: NaN is no value."),
+        (b"[1]", "The body is no JSON object"),
+    ],
+)
+def test_bodies_that_are_no_json_object_are_told_so(served: Served, body: bytes, problem: str) -> None:
+    assert_refused(served.send("POST", ROUTE, body), 400, problem)
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"messages": []}, "messages"),
@@ -160,6 +172,7 @@ def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
         ({"messages": [user("a"), {"role": "assistant", "refusal": "No."}, user("b")]}, "messages.1.refusal: "),
         ({"tools": [{}]}, "tools: This server does not follow it. Leave it out, or send []."),
         ({"tool_choice": "required"}, "tool_choice: "),
+        ({"foo": 1}, "foo: This server has no such field."),
         ({"functions": [{"name": "f"}]}, "functions: "),
         ({"response_format": {"type": "json_object"}}, "response_format: "),
         ({"modalities": ["text", "audio"]}, "modalities: "),

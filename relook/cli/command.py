@@ -191,9 +191,9 @@ def _help_hint(ctx: Any) -> str:
     return f"`{ctx.command_path} --help` lists the options."
 
 
-def print_result(result: Any, as_json: bool, print_tables: Callable[[Any], None]) -> None:
-    """Print a command's result on standard output: tables on a terminal, else JSON, and JSON wherever it is wanted."""
-    if as_json or not sys.stdout.isatty():
+def print_result(result: Any, as_json: bool | None, print_tables: Callable[[Any], None]) -> None:
+    """Print a command's result on standard output as JSON or tables; None is tables on a terminal, JSON elsewhere."""
+    if not sys.stdout.isatty() if as_json is None else as_json:
         typer.echo(json.dumps(result, indent=1))
     else:
         print_tables(result)

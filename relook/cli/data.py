@@ -46,7 +46,7 @@ def data_check(
     images: Images = None,
     named_only: Annotated[bool, typer.Option("--named-only", help="Leave out images that no record names.")] = False,
     workers: Workers = 0,
-    as_json: AsJson = False,
+    as_json: AsJson = None,
 ) -> None:
     """Find what is missing, and every defect of records and images.
 
@@ -78,7 +78,7 @@ def data_fix(
     ] = "drop",
     copy: Annotated[bool, typer.Option("--copy", help="Copy sound images instead of linking them.")] = False,
     workers: Workers = 0,
-    as_json: AsJson = False,
+    as_json: AsJson = None,
 ) -> None:
     """Repair a folder.
 

@@ -76,7 +76,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="lmms: documents of each task.", min=1)] = None,
     include_path: Annotated[Path | None, input_option("lmms: folder of further tasks (YAML files).")] = None,
     questions: Annotated[Path | None, input_option("llava: question file in one of LLaVA's layouts.")] = None,
-    as_json: AsJson = False,
+    as_json: AsJson = None,
 ) -> None:
     """Answer benchmarks and score the answers.
 
@@ -186,7 +186,7 @@ def score(
         write_json(json_out, result)
     from relook.report.score_table import print_scores
 
-    print_result(result, to_stdout, lambda result: print_scores({benchmark: result}))
+    print_result(result, to_stdout or None, lambda result: print_scores({benchmark: result}))
 
 
 @app.command()

@@ -92,7 +92,7 @@ def inspect(
     vision_tower: Tower = None,
     dtype: Dtype = "float32",
     device: Device = "",
-    as_json: AsJson = False,
+    as_json: AsJson = None,
 ) -> None:
     """Show a model's modules, regimes and tensors.
 
@@ -113,7 +113,7 @@ def doctor(
         str,
         typer.Option(help="A warning's text: what it means here. - reads a log from standard input, all lists all."),
     ] = "",
-    as_json: AsJson = False,
+    as_json: AsJson = None,
 ) -> None:
     """Check what this machine can do, and what to mend.
 
@@ -122,7 +122,7 @@ def doctor(
     if explain:
         from relook.doctor import print_known_warnings
 
-        sys.exit(print_known_warnings(sys.stdin.read() if explain == "-" else explain, as_json))
+        sys.exit(print_known_warnings(sys.stdin.read() if explain == "-" else explain, bool(as_json)))
     from relook.doctor import print_findings, run_checks, to_json
 
     results = run_checks()

@@ -154,7 +154,7 @@ JudgePrice = Annotated[tuple[float, float], typer.Option(help="Dollars per milli
 JudgeKey = Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")]
 JudgeWorkers = Annotated[int, typer.Option(help="Prompts before the judge at once.", min=1)]
 JudgeRequest = Annotated[str, typer.Option(help="JSON: further fields of its requests; null leaves one out.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
+AsJson = Annotated[bool | None, typer.Option("--json/--text", help="Write JSON, or tables also into a pipe.")]
 
 BatchSize = Annotated[int, typer.Option(help="Prompts that a batch has memory for.", min=1)]
 By = Annotated[str, typer.Option(**choice("kind of pairs", BY, "Pairs of a description each, or by sentence."))]

@@ -96,7 +96,7 @@ def demo(
 
 
 @app.command()
-def recipes(as_json: AsJson = False) -> None:
+def recipes(as_json: AsJson = None) -> None:
     """List the shipped recipes: what each trains, and its source."""
     from relook.recipe_help import print_recipes, shipped_recipes
 
@@ -130,7 +130,7 @@ def estimate(
     response_tokens: Annotated[int, typer.Option(help="Where the data is not there: an answer.")] = 110,
     samples: Annotated[int, typer.Option(help="Where the data is not there: how many.")] = 1000,
     tflops: Annotated[float, typer.Option(help="TFLOP/s that a GPU reaches, for times.")] = 0.0,
-    as_json: AsJson = False,
+    as_json: AsJson = None,
 ) -> None:
     """Predict a recipe's memory, trunk cache and work.
 
@@ -209,7 +209,7 @@ def sweep(
             help="A .yaml file or a shipped sweep's name.", autocompletion=completion(lambda: shipped_names("sweep"))
         ),
     ],
-    as_json: AsJson = False,
+    as_json: AsJson = None,
 ) -> None:
     """Train and evaluate many variants on one trunk cache.
 

@@ -81,6 +81,10 @@ class AnswerFile:
 # Where a number comes from: what every result records under `provenance`.
 
 EVAL_FILE = "eval.json"  # what `relook eval` notes beside its answers
+COMPARISON_FILE = "comparison.json"  # what `relook report A B` writes
+# What such a record says about model, data and occasion; all else is a setting that answers depend on.
+MODEL_HASHES = ("model_hash", "adapter_hash", "vision_tower_hash")
+NOT_SETTINGS = (*MODEL_HASHES, "model", "adapter", "vision_tower", "data", "versions", "date")
 LIBRARIES = ("torch", "transformers", "tokenizers", "Pillow", "numpy")
 
 

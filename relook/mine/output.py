@@ -277,7 +277,10 @@ def write_pairs_page(
                 "Train on these pairs, from their folder",
                 f"relook train {recipe} --model_name_or_path MODEL --vg_path . {files} --output_dir runs/mine",
             ),
-            ("See what the run changed", "relook eval pope chair --model runs/mine --data COCO --out eval/mine"),
+            (
+                "See what the run changed",
+                "relook eval pope chair --model runs/mine --data COCO --out eval/mine --dtype bfloat16",
+            ),
         ],
         kind="sentences" if by_sentence else "descriptions",
         description_count=len(pairs),

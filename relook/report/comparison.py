@@ -6,24 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relook.console import status
 from relook.data.annotations import read_coco
 from relook.data.paths import coco_images, resolve_extension
 from relook.errors import RecipeError
 from relook.evaluate.benchmark import ScoringInputs
 from relook.evaluate.compare import compare
-from relook.evaluate.results import data_folder_of
+from relook.evaluate.results import COMPARISON_FILE, MODEL_HASHES, NOT_SETTINGS, data_folder_of
 from relook.evaluate.tasks import BENCHMARKS, get_benchmark, get_benchmarks
 from relook.evaluate.tasks.chair import compare_coverage, instances_file, vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json_object, write_json, write_text
 from relook.report.examples import answer_effect, by_image, caption_effects, in_turn
-from relook.report.findings import details, headline
+from relook.report.findings import details, headline, unclear_answers
 from relook.report.pages import described, render, thumbnail
 from relook.report.plots import Style, coverage_lines, line_styles, measured, tradeoff
-from relook.report.tables import axis_labels
+from relook.report.tables import axis_labels, recorded
 
-RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
-PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
+REPORT_FILE = "comparison.html"
+PICTURES = 40  # of each benchmark; COMPARISON_FILE has all rows
 LONGEST = 2000  # characters of an answer that are shown
 POPE_RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 OWN_SECTIONS = ("pope", "chair")  # comparison.html.j2 shows them paired; others are side by side
@@ -50,16 +51,21 @@ def write_comparison(
     # Resolved, because "." has no name to show.
     first, second = first.resolve(), second.resolve()
     out, data = out or first.parent / f"{first.name}-{second.name}", data or data_folder_of(first)
-    is_free(out, RESULTS_FILE, "--out")
+    if first == second:
+        raise RecipeError(f"Both evaluations are {first}.", "Give two folders.")
+    is_free(out, COMPARISON_FILE, "--out")
     results = compare_folders(first, second, data)
-    write_json(out / RESULTS_FILE, results)
+    write_json(out / COMPARISON_FILE, results)
     both, paired, differing = results["scores"], results["paired"], results["differing"]
     names = results["models"]
     styles = dict(zip(names, line_styles(("base", "other")).values(), strict=True))
+    sources = describe_sources(both)
+    cautions = differing_settings(sources, names) + unclear_answers(dict(zip(names, both, strict=True)))
     page = render(
         "comparison.html.j2",
         title=headline(names[1], both[0], paired, names[0]) if paired else " and ".join(names),
         findings=details(both[1], both[0], paired),
+        cautions=cautions,
         models=names,
         chart=_chart(names, both, styles) if "chair" in paired else "",
         styles=list(styles.items()),
@@ -82,11 +88,13 @@ def write_comparison(
             for name in both[0]
             if name not in OWN_SECTIONS
         },
-        sources=describe_sources(both),
+        sources=sources,
         limit=PICTURES,
-        results_file=RESULTS_FILE,
+        results_file=COMPARISON_FILE,
     )
     write_text(out / REPORT_FILE, page)
+    for caution in cautions:
+        status(caution)
     return out / REPORT_FILE
 
 
@@ -223,8 +231,29 @@ def describe_sources(both: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     for benchmark in both[0]:
         sides = [_sources(scores[benchmark]) for scores in both]
         for key in dict.fromkeys(key for side in sides for key in side):
-            lines[f"{benchmark}: {key}"] = [_plain(side.get(key, "")) for side in sides]
+            lines[f"{benchmark}: {key}"] = [recorded(side.get(key, "")) for side in sides]
     return lines
+
+
+def differing_settings(sources: Mapping[str, Sequence[str]], names: Sequence[str]) -> list[str]:
+    """Return a sentence for each setting, such as the precision, that differs, and one if the models do not.
+
+    Args:
+        sources: of `describe_sources`.
+        names: of the two models.
+    """
+    by_setting: dict[tuple[str, ...], list[str]] = {}
+    for source, values in sources.items():
+        benchmark, _, key = source.partition(": ")
+        if values[0] != values[1] and key not in NOT_SETTINGS:
+            by_setting.setdefault((key, *values), []).append(benchmark)
+    hashes = [values for source, values in sources.items() if source.partition(": ")[2] in MODEL_HASHES]
+    same = ["Both evaluations are of the same model."] if hashes and all(a == b for a, b in hashes) else []
+    return same + [
+        f"Settings differ: {key} of {' and '.join(benchmarks)} is {first or 'none'} for {names[0]}, "
+        f"{second or 'none'} for {names[1]}."
+        for (key, first, second), benchmarks in by_setting.items()
+    ]
 
 
 def _sources(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,7 +262,3 @@ def _sources(result: Mapping[str, Any]) -> dict[str, Any]:
         **result["provenance"],
         **{f"judge {key}": judge[key] for key in ("model", "request", "prompt_hash") if key in judge},
     }
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)

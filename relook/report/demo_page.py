@@ -25,7 +25,7 @@ from relook.files import read_json, write_text
 from relook.model.load import LoadedModel, load_model
 from relook.report.attention_maps import attention_before
 from relook.report.examples import answer_effect, by_image, caption_effects
-from relook.report.findings import against_control, details, headline
+from relook.report.findings import against_control, details, headline, unclear_answers
 from relook.report.pages import Spans, data_url, mark_absent, render
 from relook.report.plots import Style, curves, line_styles, measured, tradeoff
 from relook.report.tables import ANSWER_COLUMNS, CAPTION_COLUMNS, Column, Line, ScoreTable, axis_labels
@@ -49,6 +49,7 @@ def write_demo_page(out: Path) -> Path:
             *details(results["runs"][TUNED], results["base"], results["paired"][TUNED]),
             *(against_control(name, paired) for name, paired in results["against"].items()),
         ],
+        cautions=unclear_answers({variant(name).label: score for name, score in scores.items()}),
         pictures=results["base"]["chair"]["n"],
         seed=results["provenance"]["seed"],
         models=[(variant(name).label, style) for name, style in styles.items()],

@@ -18,7 +18,7 @@ from relook.data.images import open_image
 from relook.errors import DataError, RecipeError
 from relook.evaluate.results import EVAL_FILE
 from relook.evaluate.tasks.chair import Vocabulary, mentions
-from relook.report.tables import bracket, change, decimal, verdict
+from relook.report.tables import bracket, change, decimal, is_clear, p_value, verdict
 from relook.report.terms import GLOSSARY
 
 # ----------------------------------------------------------------------------------------------------
@@ -120,7 +120,14 @@ def unbroken(text: str) -> str:
     return re.sub(r"(?<=\d,) (?=[+−\d])|(?<=\d) (?=%)", NO_BREAK, text)
 
 
-ENVIRONMENT.globals.update(GLOSSARY=GLOSSARY, HEAT_COLOR=HEAT_COLOR, HEAT_OPACITY=HEAT_OPACITY, verdict=verdict)
+ENVIRONMENT.globals.update(
+    GLOSSARY=GLOSSARY,
+    HEAT_COLOR=HEAT_COLOR,
+    HEAT_OPACITY=HEAT_OPACITY,
+    is_clear=is_clear,
+    p_value=p_value,
+    verdict=verdict,
+)
 ENVIRONMENT.filters.update(decimal=decimal, bracket=bracket, change=change, heat=heat, facts=facts, unbroken=unbroken)
 
 # ----------------------------------------------------------------------------------------------------

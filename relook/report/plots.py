@@ -154,7 +154,7 @@ def measured(scores: Mapping[str, Any], x: str, y: str) -> tuple[Measured, Measu
 def tradeoff(
     points: Mapping[str, tuple[Measured, Measured] | None], styles: Mapping[str, Style], x: str, y: str, better: str
 ) -> str:
-    """Plot two rates in percent against each other, with their intervals, as an SVG element.
+    """Plot two rates in percent against each other, with their intervals, as an SVG element; empty without a point.
 
     Args:
         points: (x, y) by model (`measured`); a model with None is left out.
@@ -162,10 +162,12 @@ def tradeoff(
         better: the corner of the best models: "upper right" or "lower right".
     """
 
+    drawn = {name: point for name, point in points.items() if point is not None}
+    if not drawn:
+        return ""
+
     def draw(axes: Any) -> None:
-        for name, point in points.items():
-            if point is None:
-                continue
+        for name, point in drawn.items():
             (across, across_ci), (up, up_ci) = point
             style = styles[name]
             errors = [

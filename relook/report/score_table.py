@@ -11,12 +11,14 @@ from typing import Any
 
 from rich.table import Table
 
-from relook.console import fits, plain_table, stdout_console
+from relook.console import fits, plain_table, status, stdout_console
 from relook.errors import DataError, Faults
-from relook.evaluate.results import EVAL_FILE
+from relook.evaluate.results import COMPARISON_FILE, EVAL_FILE, NOT_SETTINGS
 from relook.evaluate.tasks import BENCHMARKS, get_benchmark
 from relook.files import read_json_object, read_text, write_text
 from relook.recipe import objective_name, parse_yaml, regime_name
+from relook.report.findings import unclear_answers
+from relook.report.tables import recorded
 
 NOTHING = "–"  # in place of a ratio of nothing
 SPLITS = ("random", "popular", "adversarial")
@@ -26,7 +28,7 @@ POPE_RATES = {
 }  # fmt: skip
 CHAIR_RATES = {"chair_s": "CHAIR_s", "chair_i": "CHAIR_i"}
 NAMES = {"f1": "F1", **CHAIR_RATES}  # others are shown as they are
-LABELS = ("Model", "Method", "Regime", "lr", "Epoch", "Split")
+LABELS = ("Model", "Method", "Regime", "lr", "Epoch")
 FORMATS = ("text", "markdown", "csv")
 
 # ----------------------------------------------------------------------------------------------------
@@ -53,6 +55,8 @@ def print_scores(results: Mapping[str, Mapping[str, Any]]) -> None:
                 console.print(f"{name} {key}: {value}")
     if any(dict(_parts(result)) for result in results.values()):
         console.print("Rates are percent; brackets: 95 % interval over images.", style="dim")
+    for warning in unclear_answers({name.upper(): result for name, result in results.items()}):
+        status(warning)
 
 
 def _leaves(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -96,6 +100,8 @@ def _rate(value: float | None, scale: int = 100, digits: int = 2) -> str:
 def write_table(folders: Sequence[str | Path], form: str, out: str | Path | None = None) -> str:
     """Make the table of all evaluations in the given folders, and write it to `out` if that is a file.
 
+    Warns on standard error of evaluations whose answers are unclear.
+
     Args:
         folders: folders of `relook eval`, or of `relook demo` and `relook sweep`, whose evaluations are all taken.
         form: one of FORMATS.
@@ -103,38 +109,62 @@ def write_table(folders: Sequence[str | Path], form: str, out: str | Path | None
     Raises:
         RelookError: a folder holds no finished evaluation; all such folders in one error.
     """
-    rows = score_rows([Path(folder) for folder in folders])
-    text = {"text": _as_text, "markdown": _as_markdown, "csv": _as_csv}[form](rows)
+    evaluations = find_evaluations([Path(folder) for folder in folders])
+    text = {"text": _as_text, "markdown": _as_markdown, "csv": _as_csv}[form](score_rows(evaluations))
     if out is not None:
         write_text(Path(out), text)
+    answers = {str(folder): {name: read_json_object(folder / f"{name}.json", optional=True) for name in QUESTIONS}
+               for folder in evaluations}  # fmt: skip
+    for warning in unclear_answers(answers):
+        status(warning)
     return text
 
 
-def score_rows(folders: Sequence[Path]) -> list[dict[str, str]]:
-    """Return one row per evaluation and split of its questions, by column; one row of an evaluation without any."""
+def find_evaluations(folders: Sequence[Path]) -> list[Path]:
+    """Find the finished evaluations: the folders themselves, or those of a demo or sweep below them.
+
+    Comparisons, which `relook report` writes beside evaluations, are passed over.
+
+    Raises:
+        DataError: some folders hold no finished evaluation; all of them in one error.
+    """
     faults, evaluations = Faults(), []
     for folder in folders:
+        inside = [path.parent for path in sorted(folder.rglob(EVAL_FILE))]
+        done = [path for path in inside if any((path / f"{name}.json").exists() for name in (*QUESTIONS, "chair"))]
+        evaluations += done
         with faults:
-            evaluations += find_evaluations(folder)
+            if not done and not (folder / COMPARISON_FILE).exists():
+                benchmarks = f"{', '.join(QUESTIONS)} or chair"
+                raise DataError(
+                    f"{folder} holds no finished evaluation.", f"Give folders of `relook eval` of {benchmarks}."
+                )
     faults.check()
-    rows = [row for folder in evaluations for row in _rows_of(folder)]
-    columns = dict.fromkeys([*LABELS, *POPE_RATES.values(), *CHAIR_RATES.values()])
+    if not evaluations:
+        raise DataError("There are only comparisons.", "Give folders of `relook eval`.")
+    return evaluations
+
+
+def score_rows(evaluations: Sequence[Path]) -> list[dict[str, str]]:
+    """Return one row per evaluation and split of its questions, by column; one row of an evaluation without any.
+
+    Settings in which the evaluations differ, as their precision, are columns, too.
+    """
+    settings = differing_settings([read_json_object(folder / EVAL_FILE) for folder in evaluations])
+    rows = [
+        {**row, **setting} for folder, setting in zip(evaluations, settings, strict=True) for row in _rows_of(folder)
+    ]
+    columns = dict.fromkeys([*LABELS, *settings[0], "Split", *POPE_RATES.values(), *CHAIR_RATES.values()])
     used = [column for column in columns if any(row.get(column) for row in rows)]
     return [{column: row.get(column, "") for column in (*used, "Folder")} for row in rows]
 
 
-def find_evaluations(folder: Path) -> list[Path]:
-    """Find the finished evaluations in a folder: itself, or those of a demo or sweep below it.
-
-    Raises:
-        DataError: there is none.
-    """
-    folders = [path.parent for path in sorted(folder.rglob(EVAL_FILE))]
-    done = [path for path in folders if any((path / f"{name}.json").exists() for name in (*QUESTIONS, "chair"))]
-    if not done:
-        benchmarks = f"{', '.join(QUESTIONS)} or chair"
-        raise DataError(f"{folder} holds no finished evaluation.", f"Give folders of `relook eval` of {benchmarks}.")
-    return done
+def differing_settings(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the settings in which evaluations differ beside their models, such as `dtype`, of each of them."""
+    keys = dict.fromkeys(key for record in evaluations for key in record if key not in NOT_SETTINGS)
+    values = {key: [recorded(record.get(key, "")) for record in evaluations] for key in keys}
+    differing = {key: column for key, column in values.items() if len(set(column)) > 1}
+    return [{key: column[index] for key, column in differing.items()} for index in range(len(evaluations))]
 
 
 def _rows_of(folder: Path) -> Iterator[dict[str, str]]:
@@ -199,12 +229,11 @@ def _as_text(rows: Sequence[Mapping[str, str]]) -> str:
     """Return a flat table where it fits into the terminal, else a block of splits under a line for each evaluation."""
     console = stdout_console()
     rates = [*POPE_RATES.values(), *CHAIR_RATES.values()]
-    # The folder stands only where nothing else tells evaluations apart; its name alone, if that suffices.
-    labels = {tuple(row[column] for column in row if column in LABELS) for row in rows}
+    # Of several evaluations each is named: by its folder's name alone, if that suffices.
     folders = {row["Folder"] for row in rows}
     short = len({Path(folder).name for folder in folders}) == len(folders)
     rows = [{**row, "Folder": Path(row["Folder"]).name if short else row["Folder"]} for row in rows]
-    columns = [column for column in rows[0] if column != "Folder" or len(labels) < len(rows)]
+    columns = [*(["Folder"] if len(folders) > 1 else []), *(column for column in rows[0] if column != "Folder")]
     table = plain_table(*columns, right=[*rates, "lr", "Epoch"])
     for row in rows:
         table.add_row(*(row[column] for column in columns))
@@ -223,7 +252,8 @@ def _as_text(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _heading(row: Mapping[str, str]) -> str:
     words = {"lr": "lr ", "Epoch": "epoch "}
-    labels = [f"{words.get(column, '')}{row[column]}" for column in LABELS if column != "Split" and row.get(column)]
+    scores = ("Folder", "Split", *POPE_RATES.values(), *CHAIR_RATES.values())
+    labels = [f"{words.get(column, '')}{cell}" for column, cell in row.items() if cell and column not in scores]
     return f"{row['Folder']}: {', '.join(labels)}"
 
 

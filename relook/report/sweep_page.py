@@ -9,7 +9,7 @@ from typing import Any
 
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, write_text
-from relook.report.findings import HARDEST, sweep_headline
+from relook.report.findings import HARDEST, sweep_headline, unclear_answers
 from relook.report.pages import render
 from relook.report.plots import Style, against_rate, curves, line_styles, measured, tradeoff
 from relook.report.tables import DASH, Column, Line, ScoreTable, axis_labels, change, decimal, verdict
@@ -21,7 +21,8 @@ CHAIR_RATES = {"chair_i": "CHAIR_i", "chair_s": "CHAIR_s", "recall": "Recall"}
 HEADS = ("Model", "Variant", "Method", "Regime", "lr", "Epoch", "Seed")
 P_NOTE = (
     "p: exact McNemar test against the base on the same questions, corrected by Holm over all rows of a split. "
-    "Brackets: paired 95 % bootstrap interval over images, not corrected."
+    "Brackets: paired 95 % bootstrap interval over images, not corrected. A difference is called clear where p is "
+    "below 0.05 and the interval excludes 0."
 )
 KL_NOTE = (
     "KL(p || q) = Σ p (log p − log q) in nats over the whole vocabulary, p the tuned and q the base distribution of an "
@@ -53,6 +54,7 @@ def write_sweep_page(out: Path) -> Path:
         "sweep.html.j2",
         title=sweep_headline(results["rows"]),
         findings=[*_best_rows(results), *_failures(results).splitlines()],
+        cautions=unclear_answers({"base": results["base"], **{spoken(row["name"]): row for row in results["rows"]}}),
         model=Path(results["provenance"]["model"]).name,
         charts=sweep_charts(results, styles),
         summary=summary_table(results, styles),

@@ -12,6 +12,9 @@ from relook.report.terms import GLOSSARY, SPLIT_TERMS, Term
 MINUS = "−"
 DASH = "–"  # in place of a ratio of nothing
 UNCLEAR = "no clear change"
+UNDEFINED = "undefined"  # a difference from a ratio of nothing
+P_VALUES = ("mcnemar_p_holm", "mcnemar_p")  # the first that a difference has is shown and counts
+SIGNIFICANT = 0.05
 
 
 def decimal(value: float | None, scale: float = 1, sign: str = "", digits: int = 1) -> str:
@@ -24,8 +27,12 @@ def decimal(value: float | None, scale: float = 1, sign: str = "", digits: int =
 
 
 def bracket(interval: Sequence[float] | None, scale: float = 1, sign: str = "", digits: int = 1) -> str:
-    """Write an interval in brackets; empty for None."""
-    return f"[{', '.join(decimal(end, scale, sign, digits) for end in interval)}]" if interval else ""
+    """Write an interval in brackets; empty for None. An end that is not 0 has digits enough not to look like it."""
+    if not interval:
+        return ""
+    while digits < 4 and any(end and round(scale * end, digits) == 0 for end in interval):
+        digits += 1
+    return f"[{', '.join(decimal(end, scale, sign, digits) for end in interval)}]"
 
 
 def change(paired: Mapping[str, Any], scale: float = 100) -> str:
@@ -34,10 +41,33 @@ def change(paired: Mapping[str, Any], scale: float = 100) -> str:
 
 
 def verdict(paired: Mapping[str, Any], better: int) -> str:
-    """Judge a difference by its interval: better, worse, changed (if neither is better), or no clear change."""
-    if not paired["ci"] or paired["ci"][0] <= 0 <= paired["ci"][1]:
+    """Judge a difference: better, worse, changed (if neither is better), no clear change, or undefined."""
+    if paired["difference"] is None:
+        return UNDEFINED
+    if not is_clear(paired):
         return UNCLEAR
     return {1: "better", -1: "worse", 0: "changed"}[better * (1 if paired["difference"] > 0 else -1)]
+
+
+def is_clear(paired: Mapping[str, Any]) -> bool:
+    """Return True if a difference's interval excludes 0 and its p-value, if it has one, is below `SIGNIFICANT`.
+
+    The interval knows that answers about one image depend on each other, the exact test that they are few; so a
+    difference on which the two disagree is not called clear.
+    """
+    p = p_value(paired)
+    excluded = bool(paired["ci"]) and not paired["ci"][0] <= 0 <= paired["ci"][1]
+    return excluded and (p is None or p < SIGNIFICANT)
+
+
+def p_value(paired: Mapping[str, Any]) -> float | None:
+    """Return a difference's p-value, corrected where it was; None if it has none."""
+    return next((paired[key] for key in P_VALUES if key in paired), None)
+
+
+def recorded(value: Any) -> str:
+    """Write a value of a result's provenance in one line."""
+    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ STATISTICS = {
     "interval": Term(
         "95 % interval",
         "In brackets: where the value lies for 95 % of 2,000 resamplings of the pictures (bootstrap). A difference "
-        "whose interval contains 0 is no clear change.",
+        "whose interval contains 0 is no clear change; nor is one whose p-value is 0.05 or more.",
     ),
     "p": Term(
         "p",

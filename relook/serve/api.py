@@ -280,14 +280,26 @@ async def _api_error(request: Request, error: Any) -> Response:
     return JSONResponse(error.body, error.status, error.headers)
 
 
+# What pydantic says of these in words about its classes.
+FAULTS = {
+    "model_attributes_type": "Input should be an object.",
+    "extra_forbidden": "This server has no such field. Leave it out.",
+}
+
+
 async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
+    problem = FAULTS.get(first["type"], first["msg"])
+    if first["type"] == "json_invalid":
+        problem = f"The body is not JSON: {first['ctx']['error']}."
+    elif first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
+        problem = "The body is no JSON object, or came without Content-Type: application/json."
     # pydantic locates a fault by the keys that lead to it; clients know them without the leading "body".
     path = [str(key) for key in first["loc"] if key != "body"]
     if path[2:3] == ["content"]:  # messages.0.content.1: next comes the part's type, by which pydantic chose its class
         del path[4:5]
     parameter = ".".join(path)[:200].encode(errors="backslashreplace").decode()  # names of fields are the client's
-    return await _api_error(request, APIError(400, first["msg"], first["type"], parameter or None))
+    return await _api_error(request, APIError(400, problem, first["type"], parameter or None))
 
 
 async def _http_error(request: Request, error: Any) -> Response:

@@ -139,6 +139,7 @@ def serve(
         server.run(sockets=[taken])
     for engine in engines.values():
         engine.stop()
+    status("stopped")
 
 
 def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, template: str = "") -> dict[str, Engine]:

@@ -38,7 +38,7 @@ def parse_body(body: bytes) -> Any:
 
     Raises:
         HTTPException: it has too many values.
-        ValueError: it is not JSON in UTF-8.
+        ValueError: it is not JSON in UTF-8, or has NaN or Infinity, which Python would read.
     """
     # Parsed, each value takes about a hundred bytes, so values are counted first. Escaped quotation marks do not
     # end a string; without them every second piece between quotation marks lies outside of strings.
@@ -49,4 +49,8 @@ def parse_body(body: bytes) -> Any:
         tokens += sum(between.count(sign) for sign in (b",", b"[", b"{"))
     if tokens > JSON_TOKENS:
         raise HTTPException(400, "The body has too many messages or parts for any model to read. Shorten it.")
-    return json.loads(body.decode("utf-8-sig"))
+    return json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise json.JSONDecodeError(f"{name} is no value", name, 0)

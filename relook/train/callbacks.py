@@ -29,6 +29,14 @@ def count_nonfinite_tensors(parameters: Iterable[nn.Parameter], device: torch.de
     return torch.stack(flags).sum() if flags else torch.zeros((), dtype=torch.long, device=device)
 
 
+class LogLastStep(TrainerCallback):
+    """Callback that logs the last step, too, where the number of steps is no multiple of `logging_steps`."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
+
+
 class SanityCheckCallback(TrainerCallback):
     """Callback that stops a run whose policy is not its reference at first, or whose first step has no effect.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,11 @@ FIELDS = {
     "rewards/accuracies": ("accuracy", ".2f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
 }
+HALVES = {"bf16": "bfloat16", "fp16": "float16"}
+STILL = (
+    "the loss is still ln 2, as before the first step, so next to nothing was learned. Raise learning_rate, or train "
+    "longer."
+)
 
 
 def describe_fields(logs: Mapping[str, Any], prefix: str = "") -> str:
@@ -93,28 +99,39 @@ def run_summary(recipe: Recipe, out: str | Path) -> str:
     log = run["log"]
     lines = [entry for entry in log if "loss" in entry]
     steps = max((entry["step"] for entry in log), default=0)
+    epochs = next((f" ({entry['epoch']:.3g} epochs)" for entry in reversed(log) if "epoch" in entry), "")
     unit = "conversations" if recipe.task == "sft" else "pairs"
-    model, answers = shlex.quote(str(out)), shlex.quote(f"{out}-eval")
     facts = {
-        "trained": f"{regime_name(vars(recipe))} by {objective_name(vars(recipe))}, {run['samples']:,} {unit}, "
-        f"{count_of(steps, 'step')} in {readable_seconds(run['seconds'])}",
+        "trained": f"{regime_name(vars(recipe))} by {objective_name(vars(recipe))}, {count_of(steps, 'step')} over "
+        f"{run['samples']:,} {unit}{epochs}, in {readable_seconds(run['seconds'])}",
         "folder": str(out),
         "best": _best(log, recipe),
         "last": f"step {lines[-1]['step']:,}: {describe_fields(lines[-1])}" if lines else "",
-        "next": f"relook eval pope chair --model {model} --data DATA --out {answers}",
+        "notice": STILL if lines and _is_still(lines[-1]) else "",
+        "next": f"relook eval pope chair --model {shlex.quote(str(out))} --data DATA "
+        f"--out {shlex.quote(f'{out}-eval')}{_loading_options(recipe)}",
     }
     return "\n".join(f"{name + ':':9}{text}" for name, text in facts.items() if text)
 
 
 def _best(log: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
-    """Return the best held-out score, or without held-out samples the log line with the lowest loss."""
+    """Return the best held-out score; empty without any: the lowest loss of a batch is its samples' luck."""
     metric = "eval_" + str(recipe.training.get("metric_for_best_model") or "loss").removeprefix("eval_")
     greater = recipe.training.get("greater_is_better", not metric.endswith("loss"))
-    prefix = "eval_" if any(metric in entry for entry in log) else ""
-    key = metric if prefix else "loss"
-    scored = [entry for entry in log if key in entry]
+    scored = [entry for entry in log if metric in entry]
     if not scored:
         return ""
-    best = (max if greater and prefix else min)(scored, key=lambda entry: float(entry[key]))
-    measured = "held out" if prefix else "in training; eval_fraction holds samples out"
-    return f"step {best['step']:,}: {describe_fields(best, prefix)} ({measured})"
+    best = (max if greater else min)(scored, key=lambda entry: float(entry[metric]))
+    return f"step {best['step']:,}: {describe_fields(best, 'eval_')} (held out)"
+
+
+def _is_still(line: Mapping[str, Any]) -> bool:
+    """Return True if a log line has DPO's loss where it starts, at ln 2, and no margin."""
+    margin = line.get("rewards/margins")
+    return margin is not None and abs(margin) < 2e-3 and abs(line["loss"] - math.log(2)) < 1e-3
+
+
+def _loading_options(recipe: Recipe) -> str:
+    """Return the options by which `relook eval` loads the model as it was trained; empty for the default ones."""
+    dtype = next((name for key, name in HALVES.items() if recipe.training.get(key)), "")
+    return f"{f' --dtype {dtype}' if dtype else ''}{f' --bits {recipe.bits}' if recipe.bits != 16 else ''}"

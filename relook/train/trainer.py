@@ -29,7 +29,7 @@ from relook.model.checkpoint import ADAPTER_FILE, TRAINED_WITH, save_tensors
 from relook.model.load import TENSORS_FILE, base_and_adapter, load_tensors
 from relook.model.trainable import parameter_groups
 from relook.recipe import Recipe
-from relook.train.callbacks import SanityCheckCallback, count_nonfinite_tensors
+from relook.train.callbacks import LogLastStep, SanityCheckCallback, count_nonfinite_tensors
 from relook.train.loss import batch_loss, supervised_weight, targets_of
 from relook.train.metrics import Meter, StepCosts
 from relook.train.summary import ProgressCallback
@@ -167,6 +167,7 @@ class RelookTrainer(Trainer):
         exact = policy.dtype == torch.float32 and recipe.bits == 16
         self._sanity_check = SanityCheckCallback(self.accelerator, exact, policy.trunk_pass, recipe.needs_reference)
         self.add_callback(self._sanity_check)
+        self.add_callback(LogLastStep())
         for callback in (trainer_callback.ProgressCallback, trainer_callback.PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressCallback(report))
