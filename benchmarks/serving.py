@@ -15,7 +15,8 @@ row. Rates are end to end, prompts and images included, and of the steps alone: 
 reading prompts is bound by products. `--out` is written after each measurement.
 `http` serves that shape to so many clients, in a process of their own, each request with a picture that is new, and
 streams the answers; beside the rate stands the engine's own. One more client asks while all the others are answered:
-the time until its first token.
+the time until its first token. The others' answers have lengths from half to one and a half times --new-tokens; a
+second figure is of answers of one length, which all end, and are asked for again, at the same moment.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def main() -> None:
     http.add_argument("--at-once", type=int, default=32)
     http.add_argument("--new-tokens", type=int, default=128)
     http.add_argument("--rounds", type=int, default=3, help="requests of each client")
-    http.add_argument("--late", type=int, default=12, help="requests whose first token is timed under load")
+    http.add_argument("--late", type=int, default=12, help="requests whose first token is timed under each load")
     for parsed in (clients, tokens, http):
         parsed.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -248,19 +249,27 @@ def measure_http(options: argparse.Namespace) -> dict[str, Any]:
     loaded = endless_model(TINY if options.tiny else LLAVA_7B)
     result: dict[str, Any] = {"device": device_name(), "clients": count, "new_tokens": new, "rounds": options.rounds}
     with tempfile.TemporaryDirectory() as folder:
-        pictures = 1 + 2 * count * options.rounds + options.late + count
+        pictures = 1 + 2 * count * options.rounds + 2 * options.late + count
         warm, *rows = write_questions(Path(folder), loaded.processor, pictures, 1, 25)
         own, rows = rows[: count * options.rounds], rows[count * options.rounds :]
         bodies = [request_bytes(path.read_bytes(), text, new) for path, text in rows]
+        lengths = [new // 2 + new * number // count for number in range(count - 1)]
+        mixed = [request_bytes(rows[n][0].read_bytes(), rows[n][1], length) for n, length in enumerate(lengths)]
         with warm_engine(loaded, EngineLimits(slots=count, waiting=len(own), cache_gb=64), warm) as (engine, _):
             result["engine"] = engine_speed(engine, own, count, new)
-            result |= http_speed(engine, bodies, options)
+            result |= http_speed(engine, bodies, mixed, options)
     result["share of the engine's"] = round(result["http"]["tokens_per_s"] / result["engine"]["tokens_per_s"], 3)
     return result
 
 
-def http_speed(engine: Engine, bodies: Sequence[bytes], options: argparse.Namespace) -> dict[str, Any]:
-    """The rate over HTTP, and the time to the first token of a request that comes while all others are answered."""
+def http_speed(
+    engine: Engine, bodies: Sequence[bytes], mixed: Sequence[bytes], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The rate over HTTP, and the time to the first token of a request that comes while all others are answered.
+
+    Args:
+        mixed: requests of the others whose answers differ in length.
+    """
     from relook.serve.api import ServerLimits
     from relook.serve.server import make_server
 
@@ -277,13 +286,19 @@ def http_speed(engine: Engine, bodies: Sequence[bytes], options: argparse.Namesp
             pool.submit(stream_all, port, bodies[-count:], count).result()  # warm-up
             firsts, tokens, wall = pool.submit(stream_all, port, rounds, count).result()
             late = bodies[count * options.rounds : -count]
-            lates = pool.submit(stream_late, port, rounds[: count - 1], late).result()
+            lates = {
+                "first token under load": pool.submit(stream_late, port, mixed, late[: options.late]).result(),
+                "all others at once": pool.submit(
+                    stream_late, port, rounds[: count - 1], late[options.late :]
+                ).result(),
+            }
         server.should_exit = True
         thread.join()
-    times = sorted(lates)
-    late_times = {"requests": len(times), "median_s": round(statistics.median(times), 3), "max_s": round(times[-1], 3)}
     http = {"tokens_per_s": round(tokens / wall, 1), "first_token_s": round(statistics.median(firsts), 3)}
-    return {"http": http, "first token under load": late_times}
+    return {"http": http} | {
+        name: {"requests": len(times), "median_s": round(statistics.median(times), 3), "max_s": round(max(times), 3)}
+        for name, times in lates.items()
+    }
 
 
 def request_bytes(picture: bytes, text: str, new: int) -> bytes:
