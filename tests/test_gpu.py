@@ -29,11 +29,14 @@ from relook.evaluate.tasks.pope import question_text
 from relook.files import read_json_object
 from relook.forward import activation_memory
 from relook.forward.packed_attention import PackedTrunk
+from relook.generate import model_runner
 from relook.generate.answering import GenerationSettings, Prompt, generate_batch
 from relook.generate.attention import ExtentReads, PassView, attend
 from relook.generate.dense_attention import NOTHING, DenseReads
 from relook.generate.engine import Engine
 from relook.generate.model_runner import ModelRunner
+from relook.generate.passes import Prefill
+from relook.generate.prefill_graph import graph_length
 from relook.generate.request import EngineLimits, Request
 from relook.generate.scheduler import CHUNK_POSITIONS, Scheduler, feature_bytes
 from relook.generate.text import Text
@@ -310,6 +313,37 @@ def test_prompts_are_read_in_chunks_that_end_none(attention: str, pictures: list
     assert sum(a == b for a, b in zip(whole, chunked, strict=True)) >= 0.8 * len(prompts)
 
 
+@pytest.mark.parametrize("attention", ["cross", "self_cross"])
+def test_prompts_that_a_graph_reads_have_the_same_states(
+    attention: str, pictures: list[tuple[Path, Scene]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16; whole prompts and chunks, alone and side by side, with beginnings that they share and without."""
+    loaded = load_model(shipped_base(), dtype="bfloat16", device="cuda")
+    loaded.model = add_post_decoder(loaded.model, {"attention": attention}, None)
+    for chunk in (CHUNK_POSITIONS, 40):
+        batch, texts = engine_texts(loaded, prompts_on(loaded, pictures), chunk=chunk)
+        read, lengths = batch.runner._read_prompts, []
+
+        def read_twice(prefill: Prefill) -> Tensor:
+            lengths.append(graph_length(prefill))  # noqa: B023
+            with monkeypatch.context() as patch:
+                patch.setattr(model_runner, "graph_length", lambda _: None)
+                expected = read(prefill).clone()  # noqa: B023
+            states = read(prefill)  # noqa: B023
+            torch.testing.assert_close(states, expected, atol=0.05, rtol=0.05)
+            return states
+
+        batch.runner._read_prompts = read_twice  # type: ignore[method-assign]
+        batch.waiting.append(texts[0])
+        batch.step()
+        batch.waiting.extend(texts[1:])
+        while batch.busy:
+            batch.step()
+        assert batch.runner.compiled
+        assert not any(text.failed for text in texts)
+        assert set(batch.runner._prefill_graphs) == set(filter(None, lengths)) != set()
+
+
 def test_a_replayed_tower_gives_the_same_features(pictures: list[tuple[Path, Scene]]) -> None:
     """As many images as a graph is recorded for, fewer and more; each number twice, over other pictures."""
     loaded = as_loaded(tiny_relook())
@@ -318,8 +352,8 @@ def test_a_replayed_tower_gives_the_same_features(pictures: list[tuple[Path, Sce
     inputs = [loaded.images.inputs(path) for path, _ in pictures]
     for count in (1, 3, 8, 9):
         for images in (inputs[:count], inputs[-count:]):
-            for found, expected in zip(replayed.encode_images(images), plain.encode_images(images), strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            for features, expected in zip(replayed.encode_images(images), plain.encode_images(images), strict=True):
+                torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
     assert sorted(count for count, _ in replayed._tower_graphs) == [1, 4, 8]
     assert not plain._tower_graphs
 

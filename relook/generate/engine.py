@@ -34,6 +34,7 @@ from relook.errors import CheckpointError, RelookError
 from relook.generate.kv_extents import MIN_SHARED
 from relook.generate.model_runner import TOWER_IMAGES, ModelRunner, position_bytes
 from relook.generate.passes import BUCKETS
+from relook.generate.prefill_graph import LENGTHS
 from relook.generate.request import (
     ActiveRequest,
     ContextTooLong,
@@ -101,24 +102,29 @@ class Engine:
         Every number of rows is answered twice: with prompts that share nothing, and with ones that share a beginning.
         """
         first, second = [id for id in range(3) if id != self.batch.image_token][:2]
+        runner = self.batch.runner
+        # A number in binary, so that no prompt is equal to another.
+        distinct = lambda number: tuple(second if number >> bit & 1 else first for bit in range(MIN_SHARED - 1))  # noqa: E731
+
+        def answer(prompts: Sequence[tuple[int, ...]]) -> None:
+            fitting = (ids[: self.length - WARM_TOKENS] for ids in prompts)
+            self.batch.waiting.extend(Text(ids, (), WARM_TOKENS, lambda *_: False) for ids in fitting)
+            while self.batch.busy:
+                self.batch.step()
 
         def answer_all() -> None:
-            runner = self.batch.runner
-            picture = self.loaded.images.inputs(Image.new("RGB", WARM_PICTURE))
-            for count in TOWER_IMAGES if runner.compiled else ():
-                runner.encode_images([picture] * count)
             # Graphs are captured for numbers of rows in buckets; what lies between is padded to the next.
             buckets = [bucket for bucket in BUCKETS if bucket <= self.limits.slots]
             for rows in buckets:
                 for shared in (0, 2 * MIN_SHARED):
-                    for row in range(rows):
-                        # The row's number in binary, so that no prompt is equal to another.
-                        suffix = tuple(second if row >> bit & 1 else first for bit in range(MIN_SHARED - 1))
-                        ids = ((first,) * shared + suffix)[: self.length - WARM_TOKENS]
-                        self.batch.waiting.append(Text(ids, (), WARM_TOKENS, lambda *_: False))
-                    while self.batch.busy:
-                        self.batch.step()
+                    answer([(first,) * shared + distinct(row) for row in range(rows)])
                 report(buckets.index(rows) + 1, len(buckets))
+            # Those that read prompts, by their room, and those of the vision tower, by the number of images.
+            for number, length in enumerate(LENGTHS if runner.compiled and runner.flash else (), 1):
+                answer([distinct(number) + (first,) * (length + 1 - MIN_SHARED)])
+            picture = self.loaded.images.inputs(Image.new("RGB", WARM_PICTURE))
+            for count in TOWER_IMAGES if runner.compiled else ():
+                runner.encode_images([picture] * count)
             self.batch.counts = EngineCounts()
 
         with progress("Warming up") as report:

@@ -36,6 +36,7 @@ from relook.generate.attention import (
 )
 from relook.generate.dense_attention import DenseReads
 from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
+from relook.generate.prefill_graph import PrefillGraph, graph_length
 from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
 from relook.model.families import image_features, language_model, position_rows, sees_ahead
@@ -146,6 +147,7 @@ class ModelRunner:
         self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
         self._tower_graphs: dict[Any, tuple[Tensor, Encoded, torch.cuda.CUDAGraph]] = {}
         self._records_tower = True
+        self._prefill_graphs: dict[int, PrefillGraph] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
 
     @staticmethod
@@ -294,9 +296,25 @@ class ModelRunner:
             embeds = embeds.masked_scatter(placeholder, rows)
             deep = [torch.zeros_like(embeds).masked_scatter(placeholder, layer) for layer in added]
         view = PassView(batch.cells, batch.reads, is_step=False)
-        states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
+        length = graph_length(batch) if self.compiled and not deep else None
+        if length is None:
+            states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
+        else:
+            states = self.prefill_graph(length).read(embeds, batch)
         states = self._post_decode(states, view, batch.image)
         return states if self.self_pool is None else states[batch.last]
+
+    @torch.inference_mode()
+    def prefill_graph(self, length: int) -> PrefillGraph:
+        """Return the graph that reads up to so many positions, recorded when it is first wanted."""
+        if length not in self._prefill_graphs:
+            embeds = self.core.get_input_embeddings().weight.new_zeros(length, self.language_model.config.hidden_size)
+            positions = torch.zeros((3, length) if self.has_mrope else length, dtype=torch.int32, device=self.device)
+            ends_selected = self.self_pool is None
+            self._prefill_graphs[length] = PrefillGraph(
+                self._trunk, self._record, embeds, positions, self.pool.cells, ends_selected
+            )
+        return self._prefill_graphs[length]
 
     @torch.inference_mode()
     def step(self, state: StepState) -> None:
@@ -370,7 +388,7 @@ class ModelRunner:
 
     def _fall_back(self, error: Exception) -> None:
         """Go on without compiled layers and graphs, and say so, once: nothing is tried again."""
-        self.compiled, self._graphs = False, {}
+        self.compiled, self._graphs, self._prefill_graphs = False, {}, {}
         self._run_layer = run_layer
         status(
             f"This model cannot be compiled ({_reason(error)}); it answers without, several times slower.",
