@@ -22,7 +22,10 @@ from relook.generate.text import ImageFeatures, ImageKey, PromptChunk, Text
 
 DENSE_STEPS = 16  # steps for which dense reads are gathered at a time
 GROUP_QUERIES = 32  # a bound that the decode kernel takes for a group of rows of any size
-ROWS_PER_GROUP = 16  # assumed when extents of groups are cut into pieces; more pieces than needed cost little
+# Of the extents that groups of rows read: how many rows a group is taken to have when they are cut into pieces, and the
+# most pieces. Groups of one row, as turns of conversations are, pay for more than they need (benchmarks/RESULTS.md).
+ROWS_PER_GROUP = 4
+GROUP_PIECES = 8
 ANY_LENGTH = 1 << 30  # a bound for kernels that read lengths from the device
 API_TOP = 20  # the most likeliest tokens of OpenAI's API: with room for these, one graph serves every request
 DRAWS_MULTIPLE = 256  # draws are padded to a multiple, so that few graphs serve all lengths
@@ -199,12 +202,12 @@ class PassLayout:
         # The first seven columns are every step's; then groups that share beginnings, and images, where there are any.
         rest, image = columns[7:], None
         if image_pool is not None:
-            pieces = pieces_of(groups, image_pool.layers[0][0].shape[1])
+            pieces = min(GROUP_PIECES, pieces_of(groups, image_pool.layers[0][0].shape[1]))
             ends, first, lengths = rest[-3:]
             image = [ExtentReads(ends, first, lengths, GROUP_QUERIES, ANY_LENGTH, False, pieces)]
             rest = rest[:-3]
         if rest:
-            pieces = pieces_of(groups, heads)
+            pieces = min(GROUP_PIECES, pieces_of(groups, heads))
             ends, first, lengths = rest
             reads.insert(0, ExtentReads(ends, first, lengths, GROUP_QUERIES, ANY_LENGTH, False, pieces))
         return reads, image
