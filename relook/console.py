@@ -53,8 +53,8 @@ def progress(title: str, ready: int = 0) -> Iterator[ProgressReport]:
 
         yield report
     if prints_output():
-        made = [f"{count:,} in {time.monotonic() - started:.1f} s"] if count or not ready else []
-        console.print(f"  {title}: {', '.join([*made, *([f'{ready:,} there already'] if ready else [])])}")
+        counts = [f"{count:,} in {time.monotonic() - started:.1f} s"] if count or not ready else []
+        console.print(f"  {title}: {', '.join([*counts, *([f'{ready:,} there already'] if ready else [])])}")
 
 
 def status(text: str, style: str = "") -> None:

@@ -265,8 +265,8 @@ def test_what_is_written_may_not_be_a_folder(relook: Command, tmp_path: Path) ->
 
 
 def test_what_other_commands_call_a_setting_is_told_its_name(relook: Command) -> None:
-    said = relook("train", "head", "--model", "m", "--out", "o", "--dtype", "bfloat16")
-    said.mistakes("It is model_name_or_path in", "It is output_dir in", "It is bf16 or fp16 in")
+    ended = relook("train", "head", "--model", "m", "--out", "o", "--dtype", "bfloat16")
+    ended.mistakes("It is model_name_or_path in", "It is output_dir in", "It is bf16 or fp16 in")
     relook("eval", "pope", "--model_name_or_path", ".", "--output_dir", "o").mistakes("mean --model?", "mean --out?")
 
 
@@ -276,10 +276,10 @@ def test_an_option_is_a_finite_number(relook: Command, command: str, option: str
 
 
 def test_a_wrong_name_is_found_without_torch() -> None:
-    asked = "import sys; from relook.cli.train import check_names\n"
-    asked += "try: check_names('hed', ['--model', 'm', '--max_steps', '2'])\n"
-    asked += "except Exception as error: print(error, 'torch' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    script = "import sys; from relook.cli.train import check_names\n"
+    script += "try: check_names('hed', ['--model', 'm', '--max_steps', '2'])\n"
+    script += "except Exception as error: print(error, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "Did you mean head?" in done.stdout
     assert done.stdout.endswith("False False\n")
 
@@ -332,14 +332,14 @@ def test_ctrl_c_says_whether_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("made", "ready", "line"), [(600, 300, "600 in 0.0 s, 300 there already"), (0, 900, "900 there already")]
+    ("count", "ready", "line"), [(600, 300, "600 in 0.0 s, 300 there already"), (0, 900, "900 there already")]
 )
 def test_what_an_earlier_run_left_is_counted(
-    made: int, ready: int, line: str, capsys: pytest.CaptureFixture[str]
+    count: int, ready: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with progress("scenes", ready) as report:
-        if made:
-            report(made, made)
+        if count:
+            report(count, count)
     assert capsys.readouterr().err.strip() == f"scenes: {line}"
 
 

@@ -23,10 +23,10 @@ def test_an_editable_install_wins_over_the_folder_of_the_clone(tmp_path: Path) -
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         files.extractall(site)
-    asked = f"import site; site.addsitedir({str(site)!r}); import relook; print(relook.__file__)"
+    script = f"import site; site.addsitedir({str(site)!r}); import relook; print(relook.__file__)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     # -S: without the packages of this Python, where relook is installed.
     done = subprocess.run(
-        [sys.executable, "-S", "-c", asked], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-S", "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
     )
     assert done.stdout.strip() == str(clone / "relook" / "__init__.py")

@@ -65,8 +65,8 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:
         if is_full_disk(error):  # of standard output, or where a library keeps files of its own
-            where = error.filename or "What relook writes"
-            sys.stderr.write(f"relook: {where}: {error.strerror}. Make room, then run the same command again.\n")
+            path = error.filename or "What relook writes"
+            sys.stderr.write(f"relook: {path}: {error.strerror}. Make room, then run the same command again.\n")
             sys.exit(2)
         if error.filename is None:  # no path to name: a fault of relook's own, which keeps its traceback
             raise

@@ -85,8 +85,10 @@ def mine_pairs(
     folder, out = loading.open(model), Path(out)
     settings = _check_settings(folder, source, out, settings, judge, loading)
     annotated = read_pictures(source.images, source.annotations, source.synonyms)
-    named = frozenset[frozenset[str]]().union(*(excluded_images(path) for path in source.exclude if not path.is_dir()))
-    listed = frozenset[str]().union(*named)
+    listed_images = frozenset[frozenset[str]]().union(
+        *(excluded_images(path) for path in source.exclude if not path.is_dir())
+    )
+    listed = frozenset[str]().union(*listed_images)
     evaluation_images = [path for entry in source.exclude if entry.is_dir() for path in evaluation_files(entry)]
     model_identity = loading.identity(folder)
     if distributed.is_main():
@@ -146,12 +148,10 @@ def mine_pairs(
         assert described is not None, "the first process has the pairs"
         records = candidates.question_records(questions, answers)
         selected = candidates.balance_answers(records, question_rng)
-        asked = candidates.question_summary(records, selected)
-        if asked["unreadable"]:
-            status(
-                f"  {asked['unreadable']:,} of {asked['asked']:,} answers to yes/no questions say neither yes nor no",
-                style="yellow",
-            )
+        question_counts = candidates.question_summary(records, selected)
+        if unreadable := question_counts["unreadable"]:
+            of_all = f"{unreadable:,} of {question_counts['asked']:,} answers"
+            status(f"  {of_all} to yes/no questions say neither yes nor no", style="yellow")
         write_outputs(out, source.earlier, annotated, described.pairs, selected, exclusion, settings)
         card: dict[str, Any] = {
             "model": folder.path.name,
@@ -161,11 +161,11 @@ def mine_pairs(
             "pictures": {"found": len(annotated.pictures), "left_out": left_out, "mined": len(pictures)},
             "apart": {
                 "given": [path.name for path in source.exclude],
-                "names": len(named),
+                "names": len(listed_images),
                 "images": len(exclusion.evaluation),
             },
             **_pair_statistics(described),
-            "questions": asked,
+            "questions": question_counts,
             **({"earlier": output.count_pairs(source.earlier, settings.by_sentence)} if source.earlier else {}),
         }
         output.write_card(out, card)
