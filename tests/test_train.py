@@ -459,7 +459,7 @@ def test_unusable_samples_are_counted_and_named(base: Path, world: Path, tmp_pat
 def test_no_sample_left_is_an_error(base: Path, world: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "pairs.json", {"999": {"chosen": ["a"], "rejected": ["b"]}})
     keys = {"desc_data_path": tmp_path / "pairs.json", "pope_data_path": "", "tune_lm_head": True}
-    with pytest.raises(DataError, match="There is no sample to train on"):
+    with pytest.raises(DataError, match="No sample can be used"):
         train(recipe_for(base, world, tmp_path / "run", **keys))
 
 
