@@ -349,7 +349,8 @@ def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], conte
         return
     stored = read_json_object(folder / name)
     if changed := [key for key in settings if stored.get(key) != settings[key]]:
-        changed = [key for key in changed if key == (name := key.removesuffix("_hash")) or name not in changed]
+        # Where a path and the hash of its files differ, the path says enough.
+        changed = [key for key in changed if not key.endswith("_hash") or key.removesuffix("_hash") not in changed]
         names = ", ".join(_changed(key, stored.get(key), settings[key]) for key in changed)
         raise RecipeError(f"{folder} holds {contents} made with another {names}.", "Choose another --out.")
 

@@ -87,8 +87,8 @@ class Command(TyperCommand):
                 similar = of_recipes if of_recipes in options else most_similar(name, options)
                 hint = f"Did you mean {similar}?" if similar else _help_hint(ctx)
                 faults.errors.append(RecipeError(f"There is no option {name}.", hint))
-                if meant := similar:
-                    words[index] = meant + words[index].removeprefix(str(name))
+                if similar:
+                    words[index] = similar + words[index].removeprefix(str(name))
                 else:  # together with what looks like its value
                     followed = index + 1 < len(words) and "=" not in words[index] and words[index + 1][:1] != "-"
                     del words[index : index + 1 + followed]
