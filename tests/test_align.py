@@ -129,12 +129,15 @@ def test_a_round_without_pairs_is_the_end(steps: dict[str, list[Any]], world: Pa
     assert (result["best"], result["stopped"]) == (1, "round 2 found no pair")
 
 
-def test_the_commands_shown_are_commands(steps: dict[str, list[Any]], world: Path, tmp_path: Path) -> None:
+def test_the_commands_shown_are_commands(
+    steps: dict[str, list[Any]], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each is taken by the command line as it stands."""
     import shlex
 
     from test_docs import parse_command
 
+    monkeypatch.chdir(tmp_path)  # where `parse_command` makes what the commands name
     steps["gains"] = [-0.1, 0.1]
     [_, *lines] = aligned(world, tmp_path / "out", keys={"bf16": False, "learning_rate": 1e-3})["rounds"]
     assert "--earlier" in lines[1]["commands"][0]
