@@ -26,7 +26,7 @@ from shapes import GPU, SHAPES, Question, device_name, endless_model, peak, sync
 from relook.evaluate.tasks.chair import CHAIR_PROMPT
 from relook.evaluate.tasks.pope import SPLITS, read_pope_questions
 from relook.files import write_json
-from relook.generate.answering import GenerationSettings, Prompt, answer_questions, generate_batch
+from relook.generate.answering import GenerationSettings, Prompt, answer_questions, generate_ids
 from relook.model.load import LoadedModel, load_model, parse_dtype
 from relook.toyworld.build import shipped_base
 from relook.toyworld.layouts import write_eval
@@ -52,9 +52,9 @@ def main() -> None:
             encoder, how = loaded.encoder(asking.template), replace(asking, generate=tuple(settings.items()))
             prompt = lambda row: Prompt(0, (row[0],), encoder.prompt(row[1], [row[0]]))  # noqa: E731
             return lambda some: [
-                text
+                loaded.decode(ids)
                 for start in range(0, len(some), size)
-                for text in generate_batch(loaded, [prompt(row) for row in some[start : start + size]], how)
+                for ids in generate_ids(loaded, [prompt(row) for row in some[start : start + size]], how)
             ]
 
         ways: dict[str, tuple[Callable[[Sequence[Question]], list[str]], int]] = {

@@ -65,7 +65,7 @@ from relook.data.samples import Turn
 from relook.data.templates import with_image
 from relook.evaluate.tasks.pope import question_text
 from relook.files import write_json
-from relook.generate.answering import GenerationSettings, Prompt, answer_questions, generate_batch
+from relook.generate.answering import GenerationSettings, Prompt, answer_questions, generate_ids
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits, Request
 from relook.generate.text import Text
@@ -515,19 +515,19 @@ def generate_speed(
     asking = GenerationSettings(max_new_tokens=new, generate=(("cache_implementation", "static"),) if static else ())
     first, *prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text) in enumerate([warm, *rows])]
     for _ in range(2 if static else 1):  # it compiles, and captures at the second
-        generate_batch(loaded, [first] * count, replace(asking, max_new_tokens=new if static else 4))
+        generate_ids(loaded, [first] * count, replace(asking, max_new_tokens=new if static else 4))
     for prompt in prompts:
         loaded.images(prompt.images[0])  # the engine's images are read beforehand too
     started = time.perf_counter()
     for start in range(0, len(prompts), count):
-        generate_batch(loaded, prompts[start : start + count], asking)
+        generate_ids(loaded, prompts[start : start + count], asking)
     sync()
     wall = time.perf_counter() - started
     # A single token is reading alone, which `generate` does not compile.
     one = replace(asking, max_new_tokens=1, generate=())
-    generate_batch(loaded, prompts[:count], one)
+    generate_ids(loaded, prompts[:count], one)
     started = time.perf_counter()
-    generate_batch(loaded, prompts[:count], one)
+    generate_ids(loaded, prompts[:count], one)
     sync()
     reading = (time.perf_counter() - started) * len(rows) / count
     return {

@@ -30,7 +30,7 @@ from relook.files import read_json_object
 from relook.forward import activation_memory
 from relook.forward.packed_attention import PackedTrunk
 from relook.generate import model_runner
-from relook.generate.answering import GenerationSettings, Prompt, generate_batch
+from relook.generate.answering import GenerationSettings, Prompt, generate_ids
 from relook.generate.attention import ExtentReads, PassView, attend
 from relook.generate.dense_attention import NOTHING, DenseReads
 from relook.generate.engine import Engine
@@ -219,7 +219,7 @@ def test_a_quantised_model_answers(bits: int, pictures: list[tuple[Path, Scene]]
         asked += [(path, question_text(scene.names[0]), "Yes"), (path, question_text(absent), "No")]
     prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text, _) in enumerate(asked)]
     said = [
-        text for prompt in prompts for text in generate_batch(loaded, [prompt], GenerationSettings(max_new_tokens=8))
+        loaded.decode(generate_ids(loaded, [prompt], GenerationSettings(max_new_tokens=8))[0]) for prompt in prompts
     ]
     right = sum(text.startswith(truth) for text, (_, _, truth) in zip(said, asked, strict=True))
     assert right >= 0.8 * len(asked)

@@ -33,7 +33,7 @@ from relook.data.images import EncodedImage, RecentCache
 from relook.data.samples import Turn
 from relook.data.templates import TEMPLATES, Template, with_image
 from relook.errors import CheckpointError, DataError, RelookError
-from relook.generate.answering import GenerationSettings, Prompt, generate_batch
+from relook.generate.answering import GenerationSettings, Prompt, generate_ids
 from relook.generate.attention import WithoutCudnnAttention
 from relook.generate.engine import Engine
 from relook.generate.model_runner import ModelRunner
@@ -270,7 +270,7 @@ def test_attention_makes_no_plan_for_each_length_while_generate_grows_texts() ->
     loaded = as_loaded(tiny_relook())
     planning = []
     loaded.core.model.register_forward_pre_hook(lambda *_: planning.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    generate_batch(loaded, [Prompt(0, (), loaded.encoder().prompt(TEXTS[0], []))], GenerationSettings(max_new_tokens=2))
+    generate_ids(loaded, [Prompt(0, (), loaded.encoder().prompt(TEXTS[0], []))], GenerationSettings(max_new_tokens=2))
     assert planning
     assert not any(planning)
     before, any_length = torch.backends.cuda.cudnn_sdp_enabled(), WithoutCudnnAttention()
@@ -309,7 +309,7 @@ def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -
     plain: list[int] = []
     hook = model.model.register_forward_pre_hook(lambda *_: plain.append(kernels.count))
     with Kernels() as kernels:
-        generate_batch(loaded, prompts, GenerationSettings(max_new_tokens=NEW))
+        generate_ids(loaded, prompts, GenerationSettings(max_new_tokens=NEW))
     hook.remove()
     inputs = loaded.images.batch([picture])
     batch = Scheduler(ModelRunner(loaded, 4 * 400), 4, RecentCache(0, lambda _: 0))

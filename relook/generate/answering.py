@@ -414,11 +414,6 @@ class _NaNCheck(LogitsProcessor):
         return scores
 
 
-def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], settings: GenerationSettings) -> list[str]:
-    """Return transformers' answers to prompts with their images, decoded without special tokens; see `generate_ids`."""
-    return [loaded.decode(ids, settings.template) for ids in generate_ids(loaded, batch, settings)]
-
-
 @without_cudnn_attention
 @torch.inference_mode()
 def generate_ids(loaded: LoadedModel, batch: Sequence[Prompt], settings: GenerationSettings) -> list[list[int]]:
