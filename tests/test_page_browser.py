@@ -369,7 +369,7 @@ def test_a_reload_and_back_keep_everything(chromium: Any, served: Served, shots:
     answer = tab.whole()
     page.reload()
     until(lambda: tab.answer() == answer)
-    assert page.locator("#panel img.picture").is_visible()
+    until(page.locator("#panel img.picture").is_visible)
     page.goto("about:blank")
     page.go_back()
     until(lambda: tab.answer() == answer)

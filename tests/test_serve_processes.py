@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,10 +93,11 @@ def test_a_signal_lets_running_answers_end(base: Path, sent: signal.Signals) -> 
 
 
 @pytest.mark.slow
-def test_eight_bits_and_a_base_beside(base: Path) -> None:
-    with process(base, "--bits", "8", "--base", str(base)) as (_, port):
-        assert [model.id for model in client(port).models.list()] == [base.name, f"{base.name}-base"]
-        assert asked(port, base.name) == asked(port, f"{base.name}-base")
+def test_eight_bits_and_a_base_beside(base: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(base, tmp_path / "other")
+    with process(base, "--bits", "8", "--base", str(other)) as (_, port):
+        assert [model.id for model in client(port).models.list()] == [base.name, other.name]
+        assert asked(port, base.name) == asked(port, other.name)
 
 
 class Balancer:
