@@ -353,7 +353,7 @@ class Job:
     def width(self) -> int:
         return int(self.text.hidden_size)
 
-    @cached_property
+    @property
     def trained_parameters(self) -> int:
         """Count the parameters that train."""
         return _trained_parameters(self.policy)
@@ -365,12 +365,12 @@ class Job:
             _weight_bytes(connector(self.trunk_policy.core.model)) if self.recipe.cached_trunk else 0
         )
 
-    @cached_property
+    @property
     def trained_with_trunk(self) -> int:
         """Count the parameters that train in the policy with its trunk, which the pass before training holds."""
         return _trained_parameters(self.trunk_policy)
 
-    @cached_property
+    @property
     def frozen_bytes_with_trunk(self) -> int:
         return _frozen_bytes(self.trunk_policy, self.recipe.bits, self.recipe.double_quant)
 

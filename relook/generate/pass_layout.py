@@ -195,19 +195,19 @@ class PassLayout:
 
         Into how many pieces extents are cut follows from the number of rows alone, for the same reason.
         """
-        groups = max(1, rows // ROWS_PER_GROUP)
+        group_pieces = lambda key_heads: min(GROUP_PIECES, pieces_of(max(1, rows // ROWS_PER_GROUP), key_heads))  # noqa: E731
         pool, image_pool = self.runner.pool, self.runner.image_pool
         heads = pool.layers[0][0].shape[1]
         reads = [ExtentReads(columns[5], columns[6], columns[3], 1, ANY_LENGTH, False, pieces_of(rows, heads))]
         # The first seven columns are every step's; then groups that share beginnings, and images, where there are any.
         rest, image = columns[7:], None
         if image_pool is not None:
-            pieces = min(GROUP_PIECES, pieces_of(groups, image_pool.layers[0][0].shape[1]))
+            pieces = group_pieces(image_pool.layers[0][0].shape[1])
             ends, first, lengths = rest[-3:]
             image = [ExtentReads(ends, first, lengths, GROUP_QUERIES, ANY_LENGTH, False, pieces)]
             rest = rest[:-3]
         if rest:
-            pieces = min(GROUP_PIECES, pieces_of(groups, heads))
+            pieces = group_pieces(heads)
             ends, first, lengths = rest
             reads.insert(0, ExtentReads(ends, first, lengths, GROUP_QUERIES, ANY_LENGTH, False, pieces))
         return reads, image

@@ -150,7 +150,7 @@ def score_rows(evaluations: Sequence[Path]) -> list[dict[str, str]]:
 
     Settings in which the evaluations differ, as their precision, are columns, too.
     """
-    settings = differing_settings([read_json_object(folder / EVAL_FILE) for folder in evaluations])
+    settings = setting_columns([read_json_object(folder / EVAL_FILE) for folder in evaluations])
     rows = [
         {**row, **setting} for folder, setting in zip(evaluations, settings, strict=True) for row in _rows_of(folder)
     ]
@@ -159,7 +159,7 @@ def score_rows(evaluations: Sequence[Path]) -> list[dict[str, str]]:
     return [{column: row.get(column, "") for column in (*used, "Folder")} for row in rows]
 
 
-def differing_settings(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def setting_columns(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the settings in which evaluations differ beside their models, such as `dtype`, of each of them."""
     keys = dict.fromkeys(key for record in evaluations for key in record if key not in NOT_SETTINGS)
     values = {key: [recorded(record.get(key, "")) for record in evaluations] for key in keys}
